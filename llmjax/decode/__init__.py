@@ -1,0 +1,1 @@
+"""Decoding: samplers, and the loop that generates text with a cache."""

@@ -1,0 +1,160 @@
+"""Multi-head softmax attention: MHA, GQA and MQA; causal, full or windowed; rotary positions, QK-norm, soft cap."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float
+
+from llmjax.nn.initializers import Init
+from llmjax.nn.linear import Linear
+from llmjax.nn.mixer import Context, Mixer, State
+from llmjax.nn.norms import Norm
+from llmjax.nn.rope import Rope, rotate
+from llmjax.nn.sites import site
+from pallas_kernels.attention import attention
+
+
+@dataclass(frozen=True)
+class Attention(Mixer):
+    """softmax(q k^T scale + mask) v per head. Vaswani et al. 2017 (1706.03762); GQA: Ainslie et al. 2023 (2305.13245)."""
+
+    heads: int = 4
+    """query heads"""
+    kv_heads: int | None = None
+    """key and value heads, a divisor of heads; None is heads (MHA), 1 is MQA"""
+    head_dim: int | None = None
+    """features a head; None is d_model / heads"""
+    causal: bool = True
+    """whether a token sees only itself and the past"""
+    window: int | None = None
+    """tokens seen, itself included: (i - window, i] where causal, |i - j| < window where not; None is all"""
+    rope: Rope | None = Rope()
+    """rotary positions; None where positions are absolute or absent"""
+    qk_norm: Norm | None = None
+    """normalisation of queries and keys over head_dim (Henry et al. 2020, 2010.04245)"""
+    soft_cap: float | None = None
+    """scores become cap tanh(score / cap) (Gemma 2, 2408.00118)"""
+    bias: bool = False
+    """whether query, key and value projections have a bias"""
+    out_bias: bool = False
+    """whether the output projection has a bias"""
+    implementation: str | None = None
+    """kernel of `pallas_kernels.attention`; None takes the best that fits"""
+
+    def build(self, d_model: int, layers: int, init: Init, name: str | None = None) -> nn.Module:
+        """The Linen module of this config."""
+        return AttentionModule(self, d_model, layers, init, name=name)
+
+    def problems(self) -> Iterator[tuple[str, str]]:
+        """Fields that contradict each other."""
+        if self.heads < 1:
+            yield "heads", "must be at least 1"
+        elif self.kv_heads is not None and (self.kv_heads < 1 or self.heads % self.kv_heads):
+            divisors = [str(n) for n in range(1, self.heads + 1) if self.heads % n == 0]
+            listed = " or ".join(filter(None, [", ".join(divisors[:-1]), divisors[-1]]))
+            yield "kv_heads", f"does not divide heads={self.heads}: use {listed}"
+        if self.window is not None and self.window < 1:
+            yield "window", "must be at least 1 token, or None for no window"
+        if self.head_dim is not None and self.rope is not None and self.head_dim % 2:
+            yield "head_dim", "must be even for rotary positions"
+
+    def problems_at(self, d_model: int) -> Iterator[tuple[str, str]]:
+        """Heads that do not divide the model's width."""
+        if self.head_dim is None and self.heads > 0:
+            if d_model % self.heads:
+                yield "heads", f"does not divide d_model={d_model}: change it, or give head_dim"
+            elif self.rope is not None and d_model // self.heads % 2:
+                yield "heads", f"makes heads of {d_model // self.heads} features: rotary positions need an even number"
+
+    def sizes(self, d_model: int) -> tuple[int, int, int]:
+        """(heads, kv_heads, head_dim) with the defaults filled in."""
+        return self.heads, self.kv_heads or self.heads, self.head_dim or d_model // self.heads
+
+    def init_state(self, d_model: int, batch: int, length: int, dtype: DTypeLike) -> State:
+        """An empty cache: `key` and `value`, `[batch, length, kv_heads, head_dim]` of `dtype`."""
+        _, kv_heads, head_dim = self.sizes(d_model)
+        shape = (batch, length, kv_heads, head_dim)
+        return {"key": jnp.zeros(shape, dtype), "value": jnp.zeros(shape, dtype)}
+
+    def matmul_params(self, d_model: int) -> int:
+        """Weights of the four projections."""
+        heads, kv_heads, head_dim = self.sizes(d_model)
+        return 2 * d_model * (heads + kv_heads) * head_dim
+
+    def mixing_flops(self, d_model: int, length: int) -> float:
+        """4 heads head_dim pairs / length, where pairs are the (query, key) pairs that the mask lets through."""
+        heads, _, head_dim = self.sizes(d_model)
+        reach = min(self.window or length, length)
+        past = reach * length - reach * (reach - 1) / 2
+        pairs = past if self.causal else 2 * past - length
+        return 4 * heads * head_dim * pairs / length
+
+    def state_bytes_per_token(self, d_model: int, itemsize: int) -> int:
+        """One key and one value."""
+        _, kv_heads, head_dim = self.sizes(d_model)
+        return 2 * kv_heads * head_dim * itemsize
+
+
+class AttentionModule(nn.Module):
+    """Owns `query`, `key`, `value` and `out`; sites q, k, v (after norm and rotation) and z (each head's output)."""
+
+    config: Attention
+    d_model: int
+    layers: int
+    initializer: Init
+
+    @nn.compact
+    def __call__(
+        self, x: Float[Array, "batch length d_model"], context: Context, state: State = None
+    ) -> tuple[Float[Array, "batch length d_model"], State]:
+        """Mix along the length; with a `state`, over the cached tokens too."""
+        c = self.config
+        heads, _, head_dim = c.sizes(self.d_model)
+        q, k, v = self.project(x, context)
+        if state is not None:
+            state = {"key": store(state["key"], k, context), "value": store(state["value"], v, context)}
+            k, v = state["key"].astype(q.dtype), state["value"].astype(q.dtype)
+        reach = None if c.window is None else (c.window - 1, 0 if c.causal else c.window - 1)
+        z = attention(
+            q, k, v,
+            is_causal=c.causal,
+            local_window_size=reach,
+            segment_ids=context.segment_ids if state is None else None,
+            positions=None if state is None else (context.positions, context.key_positions),
+            logits_soft_cap=c.soft_cap,
+            implementation=c.implementation,
+        )  # fmt: skip
+        z = site(self, "z", z)
+        residual = self.initializer.residual(heads * head_dim, self.layers)
+        inputs, axes = (heads, head_dim), ("heads", "head_dim", "d_model")
+        return Linear(inputs, (self.d_model,), axes, residual, c.out_bias, name="out")(z), state
+
+    def project(
+        self, x: Float[Array, "batch length d_model"], context: Context
+    ) -> tuple[Float[Array, "..."], Float[Array, "..."], Float[Array, "..."]]:
+        """Queries `[batch, length, heads, head_dim]`, keys and values `[batch, length, kv_heads, head_dim]`."""
+        c = self.config
+        heads, kv_heads, head_dim = c.sizes(self.d_model)
+        kernel = self.initializer.kernel(self.d_model)
+        arguments = ((self.d_model,), (heads, head_dim), ("d_model", "heads", "head_dim"), kernel, c.bias)
+        q = Linear(*arguments, name="query")(x)
+        arguments = ((self.d_model,), (kv_heads, head_dim), ("d_model", "kv_heads", "head_dim"), kernel, c.bias)
+        k, v = Linear(*arguments, name="key")(x), Linear(*arguments, name="value")(x)
+        if c.qk_norm is not None:
+            q, k = c.qk_norm.build("query_norm")(q), c.qk_norm.build("key_norm")(k)
+        if c.rope is not None:
+            q, k = rotate(q, context.positions, c.rope), rotate(k, context.positions, c.rope)
+        return site(self, "q", q), site(self, "k", k), site(self, "v", v)
+
+
+def store(
+    cache: Float[Array, "batch cache kv_heads head_dim"],
+    new: Float[Array, "batch length kv_heads head_dim"],
+    context: Context,
+) -> Float[Array, "batch cache kv_heads head_dim"]:
+    """Write this call's keys or values at the context's slot."""
+    return jax.lax.dynamic_update_slice_in_dim(cache, new.astype(cache.dtype), context.slot, axis=1)

@@ -1,0 +1,29 @@
+"""A metric is a sum and a count; its mean is made once, at the end, so that it is right over hosts, microbatches and masks."""
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import jax
+from jaxtyping import Array, Float
+
+
+class Metric(NamedTuple):
+    """Sum of a quantity and the weight it was summed over; both float32 scalars."""
+
+    total: Float[Array, ""] | float
+    count: Float[Array, ""] | float
+
+    def mean(self) -> float:
+        """total / count on the host; NaN where nothing was counted."""
+        count = float(self.count)
+        return float(self.total) / count if count else float("nan")
+
+
+def add(left: Mapping[str, Metric], right: Mapping[str, Metric]) -> dict[str, Metric]:
+    """Metrics of the union of two disjoint sets of examples: sums and counts add."""
+    return jax.tree.map(lambda a, b: a + b, dict(left), dict(right))
+
+
+def means(metrics: Mapping[str, Metric]) -> dict[str, float]:
+    """Means of all metrics as Python floats."""
+    return {name: metric.mean() for name, metric in metrics.items()}

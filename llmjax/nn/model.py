@@ -1,0 +1,69 @@
+"""What every model config offers to training, decoding and planning."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import flax.linen as nn
+import jax
+from flax.core import meta
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Int, PRNGKeyArray
+from flax import struct
+
+Params = Any
+"""A plain pytree of nested dictionaries of arrays."""
+
+
+@struct.dataclass
+class Features:
+    """The last hidden states and the head that turns them into logits: soft_cap(hidden @ kernel)."""
+
+    hidden: Float[Array, "batch length d_model"]
+    kernel: Float[Array, "d_model vocab"]
+    soft_cap: float | None = struct.field(pytree_node=False, default=None)
+
+
+@dataclass(frozen=True)
+class Model:
+    """Base of the model configs."""
+
+    def build(self) -> nn.Module:
+        """The Linen module."""
+        raise NotImplementedError
+
+    def example(self) -> Int[Array, "batch length"]:
+        """The smallest input that initialises every parameter."""
+        return jax.numpy.zeros((1, 1), jax.numpy.int32)
+
+    def init(self, key: PRNGKeyArray) -> Params:
+        """Draw float32 parameters."""
+        return meta.unbox(self.build().init(key, self.example())["params"])
+
+    def boxed(self) -> Params:
+        """Abstract parameters that carry the logical names of their axes; no memory is used."""
+        module, example = self.build(), self.example()
+        return jax.eval_shape(lambda key: module.init(key, example)["params"], jax.random.key(0))
+
+    def abstract(self) -> Params:
+        """Shapes and dtypes of the parameters; no memory is used."""
+        return meta.unbox(self.boxed())
+
+    def logical_axes(self) -> Params:
+        """For each parameter the PartitionSpec of its logical axis names."""
+        return nn.get_partition_spec(self.boxed())
+
+    def num_params(self) -> int:
+        """Number of parameters, exactly."""
+        return sum(leaf.size for leaf in jax.tree.leaves(self.abstract()))
+
+    def init_state(self, batch: int, length: int, dtype: DTypeLike) -> Any:
+        """Empty decode state for `batch` sequences of up to `length` tokens."""
+        raise NotImplementedError
+
+    def flops_per_token(self, length: int) -> float:
+        """Model FLOPs of one training step per token (forward and backward) in sequences of `length`."""
+        raise NotImplementedError
+
+    def kv_bytes_per_token(self, dtype: DTypeLike) -> int:
+        """Bytes of decode state that one more token of context costs."""
+        raise NotImplementedError

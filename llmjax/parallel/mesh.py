@@ -1,0 +1,98 @@
+"""The device mesh and the table from logical axis names to mesh axes.
+
+Parameters carry logical names (`nn.with_logical_partitioning`); GSPMD (Xu et al. 2021, 2105.04663) does the rest.
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import flax.linen as nn
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+AXES = ("data", "fsdp", "stage", "context", "expert", "tensor")
+
+RULES: tuple[tuple[str, str | tuple[str, ...] | None], ...] = (
+    ("batch", ("data", "fsdp")),
+    ("length", "context"),
+    ("vocab", "tensor"),
+    ("d_model", "fsdp"),
+    ("heads", "tensor"),
+    ("kv_heads", "tensor"),
+    ("d_ff", "tensor"),
+    ("experts", "expert"),
+    ("layers", "stage"),
+    ("head_dim", None),
+    ("positions", None),
+    ("norm", None),
+)
+"""One logical axis a line; an axis goes to the first free mesh axis (or axes) named for it."""
+
+
+@dataclass(frozen=True)
+class MeshConfig:
+    """Devices along each of six axes; their product is the number of devices used."""
+
+    data: int = 1
+    """replicas of the parameters; the batch is split over them. 0 takes all devices that the other axes leave"""
+    fsdp: int = 1
+    """parts that parameters and optimizer state are split into; the batch is split over them too (2304.11277)"""
+    stage: int = 1
+    """parts that the stack of layers is split into"""
+    context: int = 1
+    """parts that the sequence is split into"""
+    expert: int = 1
+    """parts that the experts are split into"""
+    tensor: int = 1
+    """parts that heads, hidden width and vocabulary are split into"""
+
+    def problems(self) -> Iterator[tuple[str, str]]:
+        """Sizes out of range."""
+        for name in AXES:
+            if getattr(self, name) < (name != "data"):
+                yield name, "must be at least 1" + (", or 0 for all devices left" if name == "data" else "")
+
+    def build(self, devices: Sequence[jax.Device] | None = None) -> Mesh:
+        """The mesh over the first devices; raises ValueError where there are too few."""
+        devices = jax.devices() if devices is None else devices
+        sizes = [getattr(self, name) for name in AXES]
+        others = math.prod(sizes[1:])
+        sizes[0] = sizes[0] or max(len(devices) // others, 1)
+        count = math.prod(sizes)
+        if count > len(devices):
+            wanted = " x ".join(f"{name}={n}" for name, n in zip(AXES, sizes, strict=True) if n > 1)
+            raise ValueError(f"mesh {wanted} needs {count} devices, there are {len(devices)}")
+        return Mesh(np.asarray(devices[:count]).reshape(sizes), AXES)
+
+
+def shardings(logical: Any, shapes: Any, mesh: Mesh) -> Any:
+    """NamedSharding of every array of a tree, given the PartitionSpecs of its logical names and its shapes."""
+    return jax.tree.map(
+        lambda spec, x: NamedSharding(mesh, fit(nn.logical_to_mesh_axes(tuple(spec), RULES), x.shape, mesh)),
+        logical,
+        shapes,
+        is_leaf=lambda x: isinstance(x, PartitionSpec),
+    )
+
+
+def fit(spec: PartitionSpec | None, shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
+    """`spec` without the mesh axes that do not divide the array's axis: such an axis is left whole."""
+    kept = []
+    for length, names in zip(shape, tuple(spec or ()), strict=False):
+        group = names if isinstance(names, tuple) else (names,) if names else ()
+        parts = math.prod(mesh.shape[name] for name in group)
+        kept.append(names if parts > 1 and length % parts == 0 else None)
+    return PartitionSpec(*kept)
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """Sharding of a batch's arrays `[batch, length]`."""
+    return NamedSharding(mesh, nn.logical_to_mesh_axes(("batch", "length"), RULES))
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """Sharding of an array that every device holds whole."""
+    return NamedSharding(mesh, PartitionSpec())

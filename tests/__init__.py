@@ -1,0 +1,1 @@
+"""Tests of llmjax and pallas_kernels."""

@@ -1,0 +1,68 @@
+"""What the golden and the live tests share: our model's loss, logits and gradients under transformers' names."""
+
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from safetensors.numpy import load_file
+
+from llmjax.models import mapping
+from llmjax.models.hf import family_of
+from llmjax.objectives.next_token import NextToken
+
+FOLDER = Path(__file__).resolve().parent / "golden"
+TOLERANCE = 2e-5
+"""float32 sums of some tens of terms, twice reordered: a few units of 6e-8 a layer; a wrong formula errs by 1e-3 and more."""
+
+
+def expected(name):
+    return load_file(FOLDER / name / "expected.safetensors")
+
+
+def logits(config, params, tokens):
+    return config.build().apply({"params": params}, jnp.asarray(tokens))[0]
+
+
+def apply_of(config):
+    module = config.build()
+
+    def apply(params, tokens, *, positions=None, segment_ids=None, key=None, method="__call__"):
+        return module.apply({"params": params}, tokens, positions, segment_ids, method=method)[0]
+
+    return apply
+
+
+def loss(config, params, tokens, labels):
+    """The token mean over labels other than -100, each predicted from the tokens before it."""
+    inputs, targets = tokens[:, :-1], labels[:, 1:]
+    batch = {
+        "tokens": jnp.asarray(inputs),
+        "targets": jnp.asarray(np.maximum(targets, 0)),
+        "loss_mask": jnp.asarray(targets >= 0, jnp.float32),
+        "positions": jnp.broadcast_to(jnp.arange(inputs.shape[1]), inputs.shape),
+        "segment_ids": jnp.ones(inputs.shape, jnp.int32),
+        "target_bytes": jnp.ones(inputs.shape, jnp.int32),
+    }
+    return NextToken(chunk=8).loss(apply_of(config), params, batch, None)[0]
+
+
+def gradients(config, params, tokens, labels):
+    """Gradient of the loss for each of transformers' tensors: the layout is a permutation, so gradients map like weights."""
+    grads = jax.grad(lambda p: loss(config, p, tokens, labels))(params)
+    return mapping.export_weights(grads, config, family_of(config))
+
+
+def relative_error(ours, theirs):
+    """Largest absolute difference, as a part of the largest absolute value of theirs."""
+    ours, theirs = np.asarray(ours, np.float64), np.asarray(theirs, np.float64)
+    assert ours.shape == theirs.shape
+    return np.abs(ours - theirs).max() / np.abs(theirs).max()
+
+
+def worst_gradient_error(config, params, results):
+    """The largest relative error over all tensors; both sides must have the same tensors."""
+    ours = gradients(config, params, results["tokens"], results["labels"])
+    theirs = {name.removeprefix("grad."): g for name, g in results.items() if name.startswith("grad.")}
+    assert ours.keys() == theirs.keys()
+    return max(relative_error(ours[name], theirs[name]) for name in theirs)

@@ -1,0 +1,120 @@
+"""Tiny random GPT-2 and LLaMA models against what transformers computed (files by `scripts/golden_models.py`)."""
+
+from dataclasses import replace
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from llmjax.config import with_
+from llmjax.models import gpt2, llama
+from llmjax.models.hf import load_hf
+from tests.evidence import evidence
+from tests.models.golden import FOLDER, TOLERANCE, expected, logits, loss, relative_error, worst_gradient_error
+
+FAMILIES = {"gpt2": gpt2, "llama": llama}
+ORACLE = {"gpt2": "transformers GPT2LMHeadModel (golden)", "llama": "transformers LlamaForCausalLM, 2 of 4 heads (golden)"}
+ROWS = {
+    "gpt2": {
+        "A25": "llmjax.nn.positions",
+        "A33": "llmjax.nn.mlp",
+        "A41": "llmjax.nn.decoder",
+        "D01": "llmjax.models.gpt2",
+        "D16": "llmjax.models.mapping",
+    },
+    "llama": {
+        "A29": "llmjax.nn.rope",
+        "A31": "llmjax.nn.norms",
+        "A34": "llmjax.nn.mlp",
+        "A41": "llmjax.nn.decoder",
+        "D05": "llmjax.models.llama",
+        "D16": "llmjax.models.mapping",
+    },
+}
+both = pytest.mark.parametrize("name", list(FAMILIES))
+both_as_evidence = pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=[evidence(row, oracle=ORACLE[name], code=code) for row, code in ROWS[name].items()])
+        for name in FAMILIES
+    ],
+)
+
+
+@both_as_evidence
+def test_logits(name, evidence):
+    config, params = load_hf(FOLDER / name)
+    results = expected(name)
+    ours = jax.jit(lambda p, t: logits(config, p, t))(params, results["tokens"])
+    chex.assert_type(ours, jnp.float32)
+    evidence.record(relative_error(ours, results["logits"]), TOLERANCE)
+
+
+@both_as_evidence
+def test_gradients(name, evidence):
+    config, params = load_hf(FOLDER / name)
+    evidence.record(worst_gradient_error(config, params, expected(name)), TOLERANCE)
+
+
+@evidence("E01", oracle="transformers ForCausalLMLoss with ignored labels (golden)", code="llmjax.objectives.next_token")
+@both
+def test_loss(name, evidence):
+    config, params = load_hf(FOLDER / name)
+    results = expected(name)
+    ours = loss(config, params, results["tokens"], results["labels"])
+    evidence.record(abs(float(ours) - float(results["loss"])), TOLERANCE * float(results["loss"]))
+
+
+@both
+def test_bfloat16_logits(name):
+    """bfloat16 has 8 bits: each of some twenty roundings on the way adds up to 2^-9; torch's own error is about the same."""
+    config, params = load_hf(FOLDER / name)
+    results = expected(name)
+    ours = logits(config, jax.tree.map(lambda p: jnp.asarray(p, jnp.bfloat16), params), results["tokens"])
+    chex.assert_type(ours, jnp.float32)
+    error = relative_error(ours, results["logits"])
+    assert 1e-4 < error < 0.03
+
+
+@both
+def test_export_inverts_import(name):
+    config, params = load_hf(FOLDER / name)
+    exported = FAMILIES[name].export_weights(params, config)
+    original = load_file(FOLDER / name / "model.safetensors")
+    assert exported.keys() == original.keys()
+    for key, value in original.items():
+        np.testing.assert_array_equal(exported[key], value)
+    chex.assert_trees_all_equal(FAMILIES[name].import_weights(exported, config), params)
+
+
+@both
+def test_pattern_of_two_equal_blocks_is_the_same_model(name):
+    """Layers are stacked by place in the pattern: 0, 2, ... in the first block, 1, 3, ... in the second."""
+    config, _ = load_hf(FOLDER / name)
+    results = expected(name)
+    twice = replace(config, pattern=config.pattern * 2)
+    params = FAMILIES[name].import_weights(load_file(FOLDER / name / "model.safetensors"), twice)
+    assert params["blocks"].keys() == {"0", "1"}
+    assert relative_error(logits(twice, params, results["tokens"]), results["logits"]) < TOLERANCE
+
+
+@evidence("A29", oracle="transformers LlamaForCausalLM, weights permuted to interleaved planes", code="llmjax.nn.rope")
+def test_interleaved_rotary_layout_is_the_same_model(evidence):
+    config, _ = load_hf(FOLDER / "llama")
+    results, tensors = expected("llama"), load_file(FOLDER / "llama" / "model.safetensors")
+    config = with_(config, "pattern.0.mixer.rope.layout", "interleaved")
+    params = llama.import_weights(tensors, config)
+    evidence.record(relative_error(logits(config, params, results["tokens"]), results["logits"]), TOLERANCE)
+    chex.assert_trees_all_equal(llama.export_weights(params, config), tensors)
+
+
+@pytest.mark.parametrize("path", ["pattern.0.mixer.rope.base", "norm.eps"])
+def test_golden_files_notice_a_wrong_constant(path):
+    """The comparison is only worth something if a slightly wrong model fails it."""
+    config, params = load_hf(FOLDER / "llama")
+    results = expected("llama")
+    wrong = with_(config, path, {"pattern.0.mixer.rope.base": 9900.0, "norm.eps": 1e-3}[path])
+    assert relative_error(logits(wrong, params, results["tokens"]), results["logits"]) > 5 * TOLERANCE
