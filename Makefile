@@ -80,7 +80,7 @@ test: setup-test  ## the quick tests (under 12 minutes on 2 cores); ARGS='tests/
 # ---- checks and pages ------------------------------------------------------------------------------------------------
 
 lint: setup-test  ## ruff (rules and layout) and mypy
-	@status=0; for check in 'ruff check .' 'ruff format --check --diff --quiet .' mypy; do \
+	@status=0; for check in 'ruff check .' 'ruff format --check .' mypy; do \
 		echo "$$check"; $(VENV)/bin/$$check || status=1; done; exit $$status
 
 format: setup-test  ## lay the code out and mend what ruff can mend

@@ -36,7 +36,13 @@ from llmjax.train.optimizers import AdamW, Optimizer
 PACKAGES = ("llmjax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 """Distributions whose versions are saved with a run."""
 
-MAY_CHANGE = (r"train\.steps", r"train\.\w+_every", r"mesh(\..+)?")
+MAY_CHANGE = (
+    r"train\.steps",
+    r"train\.\w+_every",
+    r"train\.(keep_last|keep_best|tensorboard)",
+    r"data\.cache_dir",
+    r"mesh(\..+)?",
+)
 """Paths (whole-path regular expressions) that may differ when a run directory is resumed."""
 
 
@@ -71,9 +77,10 @@ class Experiment:
         vocab, wanted = getattr(self.model, "vocab", None), getattr(self.data.tokenizer, "vocab_size", None)
         if vocab is not None and wanted is not None and vocab < wanted:
             yield "model.vocab", f"is below data.tokenizer.vocab_size={wanted}: raise it, or train a smaller tokenizer"
-        shards = max(self.mesh.data, 1) * self.mesh.fsdp
-        if self.data.batch_size % shards:
-            yield "data.batch_size", f"does not split over mesh.data x mesh.fsdp: use a multiple of {shards}"
+        parts = self.train.accumulate * max(self.mesh.data, 1) * self.mesh.fsdp
+        if self.data.batch_size % parts:
+            why = "does not split over train.accumulate x mesh.data x mesh.fsdp"
+            yield "data.batch_size", f"{why}: use a multiple of {parts}"
         if not 0 <= self.seed < 2**63:
             yield "seed", "must be at least 0 and below 2**63"
 

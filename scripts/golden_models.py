@@ -1,8 +1,8 @@
 """Write the golden files of tests/models: tiny random models of transformers with their logits, loss and gradients.
 
-Run where torch and transformers are installed: `python -m scripts.golden_models [FOLDER]`. The same versions write the same
-bytes. Each folder holds what `save_pretrained` wrote (config.json, model.safetensors) and expected.safetensors: tokens,
-labels (-100 where no loss is asked for), logits, loss, and `grad.<tensor>` of the loss for every parameter.
+Run where torch and transformers are installed: `python -m scripts.golden_models [FOLDER]`. The same versions write the
+same bytes. Each folder holds what `save_pretrained` wrote (config.json, model.safetensors) and expected.safetensors:
+tokens, labels (-100 where no loss is asked for), logits, loss, and `grad.<tensor>` of the loss for every parameter.
 """
 
 import sys
@@ -45,7 +45,9 @@ def random_model(config: transformers.PretrainedConfig, seed: int) -> transforme
     At the libraries' own initial values attention is all but uniform and biases are zero: errors would not show.
     """
     torch.manual_seed(seed)
-    model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="eager").eval()
+    model = transformers.AutoModelForCausalLM.from_config(
+        config, dtype=torch.float32, attn_implementation="eager"
+    ).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.ndim == 1:

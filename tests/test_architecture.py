@@ -18,7 +18,7 @@ PACKAGES = ("llmjax", "pallas_kernels")
 LEVELS = (
     ("cli", "serve", "__main__"),
     ("experiment", "plan"),
-    ("eval", "reason", "edit", "interpret", "uncertainty", "safety", "retrieval"),
+    ("eval", "report", "reason", "edit", "interpret", "uncertainty", "safety", "retrieval"),
     ("train", "objectives", "decode"),
     ("adapters", "quant", "models"),
     ("nn", "data", "parallel"),

@@ -336,6 +336,13 @@ def test_validate_checks_types_made_in_python():
         configs.validate(Tree(model=Net(attention=Layer())))
 
 
+def test_a_bool_is_no_number_of_a_literal():
+    counted = dataclasses.make_dataclass("Counted", [("bits", Literal[1, 2], 1)], frozen=True)
+    assert configs.override(counted(), ["--bits=2"]).bits == 2
+    with pytest.raises(ConfigError, match=r"^bits=True: expected 1 or 2$"):
+        configs.validate(counted(bits=True))
+
+
 def test_validate_reports_all_problems_and_spares_parents_of_bad_children():
     @dataclasses.dataclass(frozen=True)
     class Pair:

@@ -74,11 +74,16 @@ def test_a_class_of_the_file_is_known_by_name(tmp_path):
     assert load_experiment(spec, ["--model.positions=Mine(width=9)"]).model.positions.width == 9
 
 
-def test_the_same_text_gives_the_same_classes_and_a_new_text_is_run(tmp_path):
+def test_the_same_text_gives_the_same_classes_and_a_new_text_is_run(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "dont_write_bytecode", False)
     spec = write(tmp_path)
+    os.utime(spec, (1e9, 1e9))
     first, again = load_experiment(f"{spec}:tiny"), load_experiment(f"{spec}:tiny")
     assert first == again
-    write(tmp_path, FILE.replace("width=5", "width=6"))  # same length, within the same second
+    write(
+        tmp_path, FILE.replace("width=5", "width=6")
+    )  # same length, and then the same time: a cached compilation would pass for current
+    os.utime(spec, (1e9, 1e9))
     assert load_experiment(f"{spec}:tiny").model.positions.width == 6
 
 
@@ -245,7 +250,13 @@ def test_a_run_directory_names_no_module_to_import(tmp_path):
 
 def test_what_a_resumed_run_may_change():
     old = Experiment()
-    free = ["--train.steps=77", "--mesh.fsdp=4", "--mesh=MeshConfig(data=2)"]
+    free = [
+        "--train.steps=77",
+        "--train.keep_last=4",
+        "--data.cache_dir=elsewhere",
+        "--mesh.fsdp=4",
+        "--mesh=MeshConfig(data=2)",
+    ]
     free += [f"--{path}=3" for path in configs.leaves(old) if path.startswith("train.") and path.endswith("_every")]
     assert compatible(old, configs.override(old, free)) == []
     new = configs.override(old, ["--seed=1", "--optimizer=Muon", "--train.steps=77"])
@@ -270,9 +281,11 @@ def test_the_batch_splits_over_the_mesh():
     bad = configs.override(Experiment(), ["--mesh=MeshConfig(data=2,fsdp=3)", "--data.batch_size=8"])
     with pytest.raises(ConfigError) as caught:
         configs.validate(bad)
-    expected = "data.batch_size=8 does not split over mesh.data x mesh.fsdp: use a multiple of 6"
+    expected = "data.batch_size=8 does not split over train.accumulate x mesh.data x mesh.fsdp: use a multiple of 6"
     assert str(caught.value) == expected
-    configs.validate(configs.override(bad, ["--data.batch_size=12"]))
+    configs.validate(configs.override(bad, ["--data.batch_size=12", "--train.accumulate=2"]))
+    with pytest.raises(ConfigError, match="use a multiple of 3"):
+        configs.validate(configs.override(Experiment(), ["--train.accumulate=3", "--data.batch_size=8"]))
 
 
 def test_the_whole_experiment_round_trips():

@@ -8,6 +8,8 @@ from llmjax.data.jsonl import json_text
 from llmjax.data.reading import Reading
 from llmjax.data.source import FileSource
 
+CHUNK = 1024  # records read at a time
+
 
 @dataclass(frozen=True)
 class ArrayRecord(FileSource):
@@ -20,13 +22,11 @@ class ArrayRecord(FileSource):
         """The documents of one file; a record that cannot be decoded is a bad record."""
         from array_record.python.array_record_module import ArrayRecordReader
 
-        try:
-            reader = ArrayRecordReader(str(file))
-            count = reader.num_records()
-        except (RuntimeError, ValueError) as error:
-            return reading.bad(f"{file}: this is no array_record file ({str(error).splitlines()[0]})")
-        for start in range(0, count, 1024):
-            for number, record in enumerate(reader.read(start, min(start + 1024, count)), start + 1):
+        reader = ArrayRecordReader(str(file))
+        if not reader.ok():
+            return reading.bad(f"{file}: this is no array_record file, or it is damaged")
+        for start in range(0, reader.num_records(), CHUNK):
+            for number, record in enumerate(reader.read(start, min(start + CHUNK, reader.num_records())), start + 1):
                 where = f"{file}: record {number}"
                 text = json_text(record, self.field, where, reading) if self.field else _utf8(record, where, reading)
                 if text is not None:

@@ -15,7 +15,7 @@ class ConcatAndSplit(Packing):
     """Windows of the stream of all documents (GPT-2 and after). A window may start and end inside documents."""
 
     cut_attention: bool = True
-    """Each document in a window is a segment of its own, unseen by the others; else a window is one segment."""
+    """Documents in a window are segments that do not see each other; else a window is one segment."""
     shift: bool = True
     """Each training epoch cuts the stream elsewhere, so that windows are not the same in every epoch."""
 

@@ -60,14 +60,16 @@ class Corpus:
     def read(self, start: int, stop: int) -> Int32[np.ndarray, "stop-start"]:
         """Tokens `start` to `stop` of the stream; after its end stands the beginning of a next document."""
         out = np.full(stop - start, self.bos_id, np.int32)
-        for shard, first in zip(self._shards, self._bounds):
-            low, high = max(start, first), min(stop, first + len(shard))
-            if low < high:
-                out[low - start : high - start] = shard[low - first : high - first]
+        number = int(np.searchsorted(self._bounds, start, side="right")) - 1
+        while start < stop and number < len(self._shards):
+            shard, first = self._shards[number], int(self._bounds[number])
+            part = shard[start - first : stop - first]
+            out[start - stop + len(out) :][: len(part)] = part
+            start, number = start + len(part), number + 1
         return out
 
 
-def _open(path: Path) -> tuple[dict[str, Any], list[np.memmap], list[np.ndarray]]:
+def _open(path: Path) -> tuple[dict[str, Any], list[np.ndarray], list[np.ndarray]]:
     meta = json.loads((path / "meta.json").read_text())
     if meta["format"] != FORMAT:
         raise ValueError(f"the format is {meta['format']!r}, not {FORMAT!r}")
@@ -78,7 +80,7 @@ def _open(path: Path) -> tuple[dict[str, Any], list[np.memmap], list[np.ndarray]
         tokens = np.memmap(name.with_suffix(".tokens"), dtype=dtype, mode="r")
         if len(tokens) != shard["tokens"]:
             raise ValueError(f"{name.name}.tokens holds {len(tokens)} tokens, not {shard['tokens']}")
-        shards.append(tokens)
+        shards.append(np.asarray(tokens))  # a plain view: slicing a memmap object costs more than reading it
         starts.append(np.load(name.with_suffix(".starts.npy")))
     return meta, shards, starts
 

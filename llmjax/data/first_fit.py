@@ -14,7 +14,7 @@ class FirstFit(Packing):
     """Each document goes, in order, into the first row with room for it (Johnson 1973); each is a segment of its own.
 
     A document longer than a row is cut into pieces of a row's length and a rest. Rows end in padding where nothing
-    fits: at most one row is half empty or less.
+    fits: at most one row is less than half full.
     """
 
     def plan(self, starts: Int64[np.ndarray, "documents+1"], length: int, evaluation: bool) -> Plan:

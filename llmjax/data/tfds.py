@@ -1,9 +1,10 @@
 """Any TensorFlow Datasets dataset, read through `tfds.data_source`: array_record files, TensorFlow never imported."""
 
 import contextlib
+import functools
 import importlib.metadata
 import io
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -49,15 +50,14 @@ class TFDS(HashSplitSource):
         import tensorflow_datasets as tfds
 
         folder = Path(self.data_dir).expanduser() if self.data_dir else reading.cache / "tfds"
+        make_builder = functools.partial(tfds.builder, self.name, data_dir=folder, file_format="array_record")
         try:
-            builder = tfds.builder(self.name, data_dir=folder, file_format="array_record")
+            features = make_builder().info.features
         except (ValueError, ImportError) as error:  # tfds lists its whole catalogue: the first line says it
             raise InputError(f"TFDS dataset {self.name!r}: {str(error).splitlines()[0]}") from error
-        if self.field not in builder.info.features:
-            raise InputError(
-                f"{self.name}: there is no field {self.field!r}; there are {', '.join(builder.info.features)}"
-            )
-        for number, record in enumerate(records(builder, split), 1):
+        if self.field not in features:
+            raise InputError(f"{self.name}: there is no field {self.field!r}; there are {', '.join(features)}")
+        for number, record in enumerate(records(make_builder, split), 1):
             where = f"{self.name}[{split}]: record {number}"
             try:
                 yield where, record[self.field].decode()
@@ -74,15 +74,26 @@ class TFDS(HashSplitSource):
         return f"TFDS {self.name}"
 
 
-def records(builder: Any, split: str) -> Sequence[dict[str, Any]]:
+def records(make_builder: Callable[[], Any], split: str) -> Sequence[dict[str, Any]]:
     """Random access to the records of `split`, prepared first where they are not there yet. Raises InputError."""
     import tensorflow_datasets as tfds
 
     tfds.disable_progress_bar()
+    name = make_builder().name
+    try:
+        return _prepared(make_builder).as_data_source(split=split)
+    except (ValueError, OSError, ImportError, RuntimeError) as error:
+        message = str(error).strip().splitlines() or [type(error).__name__]
+        raise InputError(f"TFDS dataset {name}[{split}] cannot be prepared: {message[0]}") from error
+
+
+def _prepared(make_builder: Callable[[], Any]) -> Any:
+    builder = make_builder()
     try:
         with contextlib.redirect_stdout(io.StringIO()):  # it announces itself on stdout, where our JSON goes
             builder.download_and_prepare()
-        return builder.as_data_source(split=split)
-    except (ValueError, OSError, ImportError, RuntimeError) as error:
-        message = str(error).strip().splitlines() or [type(error).__name__]
-        raise InputError(f"TFDS dataset {builder.name}[{split}] cannot be prepared: {message[0]}") from error
+    except (ValueError, OSError):
+        builder = make_builder()
+        if not builder.is_prepared():  # else another process was first
+            raise
+    return builder

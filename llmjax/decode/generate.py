@@ -259,21 +259,24 @@ def laid_out(model: Model, params: Params) -> tuple[Model, Params]:
     A scan over layers stacks their caches and slices their weights, and on CPU XLA copies both in every step: for 6
     layers of width 384 that is three quarters of the time. Each layer of a written-out pattern owns its arrays.
     """
-    if not isinstance(model, Decoder) or model.layers // len(model.pattern) > model.unroll:
+    if not isinstance(model, Decoder):
         return model, params
-    blocks = written_out(params["blocks"], model.layers // len(model.pattern), len(model.pattern))
-    pattern = model.pattern * (model.layers // len(model.pattern))
-    return dataclasses.replace(model, pattern=pattern), {**params, "blocks": blocks}
+    repeats = model.layers // len(model.pattern)
+    if repeats == 1 or repeats > model.unroll:
+        return model, params
+    blocks = written_out(params["blocks"], repeats)
+    return dataclasses.replace(model, pattern=model.pattern * repeats), {**params, "blocks": blocks}
 
 
-@functools.partial(jax.jit, static_argnums=(1, 2))
-def written_out(blocks: Params, repeats: int, blocks_each: int) -> Params:
-    """Parameters of a pattern repeated `repeats` times, as those of one pattern: leaves `[repeats, ...]` -> `[1, ...]`."""
-    return {
-        str(repeat * blocks_each + i): jax.tree.map(lambda leaf: leaf[repeat : repeat + 1], blocks[str(i)])
-        for repeat in range(repeats)
-        for i in range(blocks_each)
-    }
+@functools.partial(jax.jit, static_argnames=("repeats",))
+def written_out(blocks: Params, repeats: int) -> Params:
+    """Weights of a pattern repeated `repeats` times as those of one pattern; leaves `[repeats, ...]` -> `[1, ...]`."""
+
+    def layer(name: str, repeat: int) -> Params:
+        return jax.tree.map(lambda leaf: leaf[repeat : repeat + 1], blocks[name])
+
+    count = len(blocks)
+    return {str(repeat * count + i): layer(str(i), repeat) for repeat in range(repeats) for i in range(count)}
 
 
 def sampled_by(config: Generate) -> Generate:

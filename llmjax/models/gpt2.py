@@ -161,6 +161,7 @@ FAMILY = Family(
     architecture="GPT2LMHeadModel",
     prefix="transformer.",
     ignored=r"\.h\.\d+\.attn\.(masked_)?bias$",
+    extra=("bos_token_id", "eos_token_id", "pad_token_id"),
     from_hf_config=from_hf_config,
     to_hf_config=to_hf_config,
     table=table,

@@ -82,12 +82,14 @@ def load_hf(directory: str | Path) -> tuple[Decoder, Params]:
 def save_hf(directory: str | Path, config: Decoder, params: Params, extra: Mapping[str, Any] | None = None) -> None:
     """Write config.json and model.safetensors that transformers loads; the folder is made where it is missing.
 
-    `extra` holds further keys of config.json (bos_token_id, eos_token_id, max_position_embeddings). Raises InputError
-    where no family can say what the config holds, or the parameters are not the config's.
+    `extra` holds further keys of config.json (`Family.extra`: special tokens, LLaMA's context length). Raises
+    InputError for other keys, where no family can say what the config holds, and for parameters of another config.
     """
     from safetensors.numpy import save_file
 
     family = family_of(config)
+    for key in (extra or {}).keys() - set(family.extra):
+        raise InputError(f"extra: {key} cannot be set: only {', '.join(family.extra)} can")
     tensors = mapping.export_weights(params, config, family)
     dtype = next(iter(tensors.values())).dtype.name
     theirs = family.to_hf_config(config) | {"dtype": dtype} | dict(extra or {})

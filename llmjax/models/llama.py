@@ -109,7 +109,7 @@ def from_hf_config(theirs: Mapping[str, Any]) -> Decoder:
 
 def _rope_base(theirs: Mapping[str, Any]) -> float:
     """The wavelength base; it stands in `rope_parameters` since transformers 5, in `rope_theta` before."""
-    rope = {}
+    rope: dict[str, Any] = {}
     for key in ("rope_scaling", "rope_parameters"):
         value = theirs.get(key) or {}
         if not isinstance(value, Mapping):
@@ -201,6 +201,7 @@ FAMILY = Family(
     architecture="LlamaForCausalLM",
     prefix="model.",
     ignored=r"rotary_emb\.inv_freq$",
+    extra=("bos_token_id", "eos_token_id", "pad_token_id", "max_position_embeddings"),
     from_hf_config=from_hf_config,
     to_hf_config=to_hf_config,
     table=table,

@@ -77,6 +77,8 @@ class Family:
     """start of the names of all tensors but the head; headless checkpoints are saved without it"""
     ignored: str
     """regular expression of tensors that hold no weights (masks, rotary tables of old versions)"""
+    extra: tuple[str, ...]
+    """keys of config.json that our config does not hold and a caller may add"""
     from_hf_config: Callable[[Mapping[str, Any]], Decoder]
     """our config from theirs"""
     to_hf_config: Callable[[Decoder], dict[str, Any]]
@@ -201,7 +203,7 @@ def setting(theirs: Mapping[str, Any], key: str, default: Kind) -> Kind:
         return default
     kind = type(default)
     if kind is float and type(value) is int:
-        return float(value)
+        return kind(value)
     if type(value) is not kind:
         raise InputError(f"config.json: {key}={value!r}: expected {kind.__name__}")
     return value

@@ -1,11 +1,11 @@
 """The logged history of a run: `metrics.jsonl` read back as one series a metric."""
 
-import json
 import math
 from pathlib import Path
 from typing import NamedTuple
 
 from llmjax.config import InputError
+from llmjax.train.log import FILE, read_metrics
 
 
 class Series(NamedTuple):
@@ -16,28 +16,17 @@ class Series(NamedTuple):
 
 
 def read(run_dir: str | Path) -> dict[str, Series]:
-    """Every numeric metric of `run_dir/metrics.jsonl` by name; of a step logged twice the later line counts.
+    """Every numeric metric of a run by name; of a step logged twice the later line counts.
 
-    A last line that a killed process left unfinished is passed over. Raises InputError where there is no such file, or
-    another line is not JSON.
+    Raises InputError where there is no `metrics.jsonl`.
     """
-    path = Path(run_dir) / "metrics.jsonl"
-    try:
-        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
-    except OSError as error:
-        raise InputError(f"{path}: {error.strerror}: train first, or name another run directory") from None
+    if not (Path(run_dir) / FILE).is_file():
+        raise InputError(f"{run_dir} holds no {FILE}: train first, or name another run directory")
     found: dict[str, dict[int, float]] = {}
-    for number, line in enumerate(lines, 1):
-        try:
-            row = json.loads(line)
-        except ValueError as error:
-            if number == len(lines):
-                break
-            raise InputError(f"{path}:{number}: not JSON: {error}") from None
-        if isinstance(row, dict) and isinstance(row.get("step"), int):
-            for name, value in row.items():
-                if name != "step" and isinstance(value, int | float) and not isinstance(value, bool):
-                    found.setdefault(name, {})[row["step"]] = float(value)
+    for row in read_metrics(run_dir):
+        for name, value in row.items():
+            if name != "step" and isinstance(value, int | float) and not isinstance(value, bool):
+                found.setdefault(name, {})[row["step"]] = float(value)
     return {name: Series(*map(list, zip(*sorted(points.items())))) for name, points in found.items()}
 
 

@@ -2,6 +2,7 @@
 
 import base64
 import html
+import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -71,9 +72,15 @@ def render(page: Page) -> str:
 
 
 def escape(text: Any) -> str:
-    """Text that stands in HTML as it is; control characters, which HTML cannot hold, become a visible sign."""
-    shown = "".join(c if c.isprintable() or c in "\n\t" else "\N{REPLACEMENT CHARACTER}" for c in str(text))
-    return html.escape(shown)
+    """Text that stands in HTML as it is."""
+    return html.escape(visible(str(text)))
+
+
+def visible(text: str) -> str:
+    """Text whose control characters, which neither HTML nor a terminal should be given, are a visible sign instead."""
+    hidden = ("Cc", "Cs")
+    kept = (c if c in "\n\t" or unicodedata.category(c) not in hidden else "\N{REPLACEMENT CHARACTER}" for c in text)
+    return "".join(kept)
 
 
 def section(title: str, content: str) -> str:
@@ -158,7 +165,7 @@ blockquote { margin: 0 0 .8rem; padding: .8rem 1rem; background: var(--tint); bo
 @media print {
   body { font-size: 11px; } main { max-width: none; padding: 0; }
   .numbers div, blockquote { background: none; border: 1px solid var(--rule); }
-  section, img, tr, blockquote { break-inside: avoid; } .curves { grid-template-columns: 1fr 1fr; }
+  img, tr, blockquote, .numbers { break-inside: avoid; } .curves { grid-template-columns: 1fr 1fr; }
   .wide { overflow: visible; }
 }
 """

@@ -42,8 +42,8 @@ class Ema:
 
     def update(self, state: EmaState, params: PyTree) -> EmaState:
         """Take in the parameters after an optimizer step."""
-        average = optax.tree.update_moment(params, state.average, self.decay, 1)
-        return EmaState(updates=state.updates + 1, average=optax.tree.cast(average, jnp.float32))
+        average = optax.tree.update_moment(optax.tree.cast(params, jnp.float32), state.average, self.decay, 1)
+        return EmaState(updates=state.updates + 1, average=average)
 
     def params(self, state: EmaState) -> PyTree:
         """Averaged parameters, float32. With `debias`, at least one update must have been made."""

@@ -13,11 +13,17 @@ from llmjax.objectives.next_token import NextToken
 
 FOLDER = Path(__file__).resolve().parent / "golden"
 TOLERANCE = 2e-5
-"""float32 sums of some tens of terms, twice reordered: a few units of 6e-8 a layer; a wrong formula errs by 1e-3 and more."""
+"""Reordered float32 sums of tens of terms err by a few times 6e-8 a layer; a wrong formula errs by 1e-3 and more."""
 
 
 def expected(name):
     return load_file(FOLDER / name / "expected.safetensors")
+
+
+def random_params(config, seed=0):
+    """Normal parameters, biases and norms included, drawn by numpy: nothing to compile."""
+    rng = np.random.default_rng(seed)
+    return jax.tree.map(lambda leaf: rng.normal(0, 0.3, leaf.shape).astype(np.float32), config.abstract())
 
 
 def logits(config, params, tokens):
@@ -48,7 +54,7 @@ def loss(config, params, tokens, labels):
 
 
 def gradients(config, params, tokens, labels):
-    """Gradient of the loss for each of transformers' tensors: the layout is a permutation, so gradients map like weights."""
+    """Gradient of the loss by transformers' tensor: the layout is a permutation, so gradients map like weights."""
     grads = jax.grad(lambda p: loss(config, p, tokens, labels))(params)
     return mapping.export_weights(grads, config, family_of(config))
 

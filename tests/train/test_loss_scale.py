@@ -21,8 +21,8 @@ def test_dynamic_is_flax(evidence, interval):
     ours_next = jax.jit(config.next)
     for good in TRACE:
         factor = jnp.float32(1.0 if good else jnp.inf)
-        scaled, gradient = jax.value_and_grad(lambda x: scale_loss(state, factor * x))(jnp.float32(2.0))
-        theirs, finite, loss, expected = theirs.value_and_grad(lambda x: factor * x)(jnp.float32(2.0))
+        scaled, gradient = jax.value_and_grad(lambda x, s, f: scale_loss(s, f * x))(jnp.float32(2.0), state, factor)
+        theirs, finite, loss, expected = theirs.value_and_grad(lambda x, f: f * x)(jnp.float32(2.0), factor)
         ours = unscale(state, gradient)
         assert bool(all_finite(ours)) == bool(finite) == bool(good)
         if good:

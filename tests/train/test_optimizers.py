@@ -1,4 +1,5 @@
 import dataclasses
+import functools
 import math
 
 import chex
@@ -33,8 +34,7 @@ PLAIN = {"no_decay": "", "clip": None}
 
 def normal(shapes, seed=0):
     """A tree of normal draws with the given tree of shapes."""
-    is_shape = lambda x: isinstance(x, tuple)
-    leaves, tree = jax.tree.flatten(shapes, is_leaf=is_shape)
+    leaves, tree = jax.tree.flatten(shapes, is_leaf=lambda node: isinstance(node, tuple))
     rng = np.random.default_rng(seed)
     return tree.unflatten(jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in leaves)
 
@@ -66,10 +66,10 @@ def model(seed=0):
 
 def run(tx, params, gradients, rate=None, **extra):
     """Parameters and state after one update for each tree of gradients."""
-    state = tx.init(params)
+    update, state = jax.jit(functools.partial(tx.update, **extra)), tx.init(params)
     for gradient in gradients:
         state = state if rate is None else set_learning_rate(state, rate)
-        updates, state = tx.update(gradient, state, params, **extra)
+        updates, state = update(gradient, state, params)
         params = optax.apply_updates(params, updates)
     return params, state
 
@@ -215,7 +215,7 @@ def test_adafactor_treats_each_layer_alone():
     config = Adafactor(**PLAIN, factor_from=4, momentum=0.5)
     stacked, _ = run(config.build(params), params, gradients, RATE)
     for layer in range(LAYERS):
-        alone = lambda tree: {"up": tree["blocks"]["0"]["mlp"]["up"]["kernel"][layer]}
+        alone = functools.partial(one_layer, layer=layer)
         after, _ = run(config.build(alone(params)), alone(params), [alone(g) for g in gradients], RATE)
         chex.assert_trees_all_close(alone(stacked), after, atol=ULPS)
 
@@ -235,6 +235,11 @@ def kernels(tree):
     mixer = {name: block["mixer"][name]["kernel"].reshape(LAYERS, D_MODEL, -1) for name in ("query", "key", "value")}
     out = block["mixer"]["out"]["kernel"].reshape(LAYERS, -1, D_MODEL)
     return mixer | {"out": out, "up": block["mlp"]["up"]["kernel"], "down": block["mlp"]["down"]["kernel"]}
+
+
+def one_layer(tree, layer):
+    """The matrices of one layer, as an unstacked tree."""
+    return {name: kernel[layer] for name, kernel in kernels(tree).items()}
 
 
 def well_conditioned(tree):
@@ -272,7 +277,7 @@ def test_muon_on_stacked_layers_is_optax_on_each_layer(rms):
     after, _ = run(config.build(params), params, gradients, RATE)
     oracle = optax.contrib.muon(RATE, weight_decay=0.1, consistent_rms=rms)
     for layer in range(LAYERS):
-        alone = lambda tree: {name: kernel[layer] for name, kernel in kernels(tree).items()}
+        alone = functools.partial(one_layer, layer=layer)
         theirs, _ = run(oracle, alone(params), [alone(g) for g in gradients])
         # five iterations of products of 16 to 48 terms magnify the rounding of their order
         chex.assert_trees_all_close(alone(after), theirs, atol=2e-5)
@@ -301,8 +306,13 @@ def test_sophia_is_optax():
 def test_sophia_divides_by_the_curvature_and_skips_frozen_parameters():
     params = small()
     config = Sophia(**PLAIN, weight_decay=0, b1=0, b2=0, gamma=1, interval=1, groups=(Group("vector", frozen=True),))
-    gradient = jax.grad(quadratic)(params)
-    after, _ = run(config.build(params), params, [gradient] * 2, 0.1, obj_fn=quadratic)
+
+    def loss(tree):  # its curvature depends on the frozen parameter, which is 2
+        return 0.5 * tree["vector"].mean() * quadratic({"matrix": tree["matrix"]})
+
+    params["vector"] = jnp.full(4, 2.0)
+    gradient = jax.grad(loss)(params)
+    after, _ = run(config.build(params), params, [gradient] * 2, 0.1, obj_fn=loss)
     chex.assert_trees_all_equal(after["vector"], params["vector"])
     # first the sign (no curvature yet), then g / h with the exact diagonal h = 1, 2, 3, ..., clipped to 1
     newton = np.clip(np.asarray(params["matrix"]), -1, 1)
@@ -338,6 +348,10 @@ def test_schedule_free_is_optax():
     chex.assert_trees_all_close(config.eval_params(state, ours), expected, atol=1e-5)
 
 
+def is_average(node):
+    return isinstance(node, optax.contrib.ScheduleFreeState)
+
+
 def test_schedule_free_evaluates_the_mean_of_the_iterates():
     params = model()
     config = ScheduleFree(clip=None, groups=(Group("head", frozen=True),))
@@ -346,8 +360,7 @@ def test_schedule_free_evaluates_the_mean_of_the_iterates():
     for i in range(1, 5):
         updates, state = tx.update(model(i), state, y)
         y = optax.apply_updates(y, updates)
-        is_state = lambda n: isinstance(n, optax.contrib.ScheduleFreeState)
-        iterates += [n.z["embed"] for n in jax.tree.leaves(state, is_leaf=is_state) if is_state(n)]
+        iterates += [node.z["embed"] for node in jax.tree.leaves(state, is_leaf=is_average) if is_average(node)]
     x = config.eval_params(state, y)
     chex.assert_trees_all_equal(x["head"], params["head"])
     mean = jax.tree.map(lambda *z: sum(z) / len(z), *iterates)
@@ -412,13 +425,8 @@ def test_clip_over_sharded_gradients(evidence):
     tx = SGD(momentum=0, clip=0.5).build(params)
     expected, _ = run(tx, params, [gradient], 1.0)
     mesh = jax.make_mesh((4,), ("data",))
-    axes = {VOCAB: 0, D_MODEL: 0}
-
-    def spec(leaf):
-        split = leaf.shape[0] in axes
-        return jax.NamedSharding(mesh, jax.P("data") if split else jax.P())
-
-    shardings = jax.tree.map(spec, params)
+    split, whole = jax.NamedSharding(mesh, jax.P("data")), jax.NamedSharding(mesh, jax.P())
+    shardings = jax.tree.map(lambda p: whole if p.shape[0] % 4 else split, params)
     sharded = jax.device_put((params, gradient), (shardings, shardings))
     after, _ = jax.jit(lambda p, g: run(tx, p, [g], 1.0))(*sharded)
     assert len(after["head"]["kernel"].sharding.device_set) == 4

@@ -69,7 +69,10 @@ def test_wsd_of_the_whole_run_starts_where_the_warmup_ends():
 
 def test_inverse_sqrt_is_the_transformer_schedule():
     width, warmup = 512, 400
-    paper = lambda t: width**-0.5 * min(t**-0.5, t * warmup**-1.5)
+
+    def paper(t):
+        return width**-0.5 * min(t**-0.5, t * warmup**-1.5)
+
     schedule = InverseSqrt(paper(warmup), warmup)
     for step in (1, 100, 399, 400, 401, 1600, 10**6):
         assert schedule.value(step, TOTAL) == pytest.approx(paper(step), rel=1e-12)
@@ -100,7 +103,7 @@ def test_every_schedule_is_continuous_at_its_peak_and_never_above_it(kind):
 
 def test_an_int_is_steps_and_a_float_a_fraction():
     assert Constant(1.0, 1).value(0, 10) == 0
-    with pytest.raises(ConfigError, match="warmup=1.0 is a float and so a fraction"):
+    with pytest.raises(ConfigError, match=r"warmup=1\.0 is a float and so a fraction"):
         validate(Constant(1.0, 1.0))
 
 

@@ -1,0 +1,118 @@
+"""The verbs of the command line: names, help and arguments; importing this costs nothing."""
+
+from dataclasses import dataclass
+from typing import Any
+
+Argument = tuple[tuple[str, ...], dict[str, Any]]
+
+EXPERIMENT: Argument = (
+    ("experiment",),
+    {"metavar": "EXPERIMENT", "help": "file.py, file.py:variant, or a run directory"},
+)
+RUN_DIR: Argument = (("run_dir",), {"metavar": "RUN_DIR", "help": "directory that `llmjax train` made"})
+CHECKPOINT: Argument = (
+    ("--checkpoint",),
+    {"default": "best", "metavar": "best|last|STEP", "help": "which parameters (default: best, else the last)"},
+)
+
+
+@dataclass(frozen=True)
+class Verb:
+    """One verb: `llmjax.cli.<name>.run(arguments)` does it and returns its JSON object."""
+
+    name: str
+    summary: str
+    usage: str
+    description: str
+    example: str
+    arguments: tuple[Argument, ...]
+    overrides: bool = False
+    """whether `--path.to.field=value` may follow"""
+
+
+TRAIN = Verb(
+    name="train",
+    summary="train an experiment, or go on with a run",
+    usage="EXPERIMENT [--run-dir=DIR] [--path.to.field=value ...]",
+    description=(
+        "Train an experiment in a new run directory (config.json, metrics.jsonl, checkpoints/, plots/, report.html).\n"
+        "On a directory that holds the run already it goes on from the last checkpoint; only steps, intervals and the\n"
+        "mesh may then differ. SIGTERM and SIGINT save the step and end with exit code 0."
+    ),
+    example="llmjax train experiments/quickstart.py --run-dir=runs/first --train.steps=200",
+    arguments=(
+        EXPERIMENT,
+        (("--run-dir",), {"metavar": "DIR", "help": "run directory (default: runs/NAME-N, the first N that is free)"}),
+    ),
+    overrides=True,
+)
+EVAL = Verb(
+    name="eval",
+    summary="measure a run on its held-out data",
+    usage="RUN_DIR [--checkpoint=best|last|STEP] [--path.to.field=value ...]",
+    description="Loss, perplexity, bits per byte and accuracy over the held-out data, each token once.",
+    example="llmjax eval runs/first --checkpoint=last --json",
+    arguments=(RUN_DIR, CHECKPOINT),
+    overrides=True,
+)
+GENERATE = Verb(
+    name="generate",
+    summary="continue a prompt with a run's model",
+    usage="RUN_DIR [--prompt=TEXT] [--checkpoint=best|last|STEP] [--generate.field=value ...]",
+    description=(
+        "Continue a prompt; the text streams to the terminal. --json adds the tokens and their log-probabilities under\n"
+        "the distribution that was sampled from."
+    ),
+    example="llmjax generate runs/first --prompt='The for statement' --generate.temperature=0.8",
+    arguments=(
+        RUN_DIR,
+        (("--prompt",), {"metavar": "TEXT", "help": "text to continue (default: the experiment's generate.prompt)"}),
+        CHECKPOINT,
+    ),
+    overrides=True,
+)
+SHOW = Verb(
+    name="show",
+    summary="show an experiment or a run: config, parameters, arithmetic, memory",
+    usage="EXPERIMENT|RUN_DIR [--docs] [--compile] [--path.to.field=value ...]",
+    description=(
+        "The resolved config, the parameter table, the arithmetic of a step and the memory it needs. Parameters,\n"
+        "gradients and optimizer state are exact to the byte; activations are what the backward pass keeps, from a\n"
+        "trace of the step (an upper bound: compilers fuse and share), or with --compile what the compiler reserves."
+    ),
+    example="llmjax show experiments/quickstart.py --docs --data.batch_size=64",
+    arguments=(
+        EXPERIMENT,
+        (("--docs",), {"action": "store_true", "help": "say what each field of the config means"}),
+        (("--compile",), {"action": "store_true", "help": "compile the step and show what the compiler reserves"}),
+    ),
+    overrides=True,
+)
+LIST = Verb(
+    name="list",
+    summary="list the components that a config can name, and the experiments",
+    usage="[NAME]",
+    description="Every component by its kind, and the experiment files below experiments/. NAME shows one component's fields.",
+    example="llmjax list Attention",
+    arguments=((("component",), {"nargs": "?", "metavar": "NAME", "help": "a component or a kind of component"}),),
+)
+PLOT = Verb(
+    name="plot",
+    summary="draw the curves of one run, or of several over each other",
+    usage="RUN_DIR [RUN_DIR ...] [--out=DIR]",
+    description="PNG files: loss, bits per byte, learning rate, throughput, norms.",
+    example="llmjax plot runs/quickstart-1 runs/quickstart-2 --out=runs/compared",
+    arguments=(
+        (("run_dirs",), {"nargs": "+", "metavar": "RUN_DIR", "help": "directories that `llmjax train` made"}),
+        (("--out",), {"metavar": "DIR", "help": "folder for the files (default: RUN_DIR/plots of one run, else plots)"}),
+    ),
+)
+DIFF = Verb(
+    name="diff",
+    summary="compare two experiments or runs field by field",
+    usage="A B",
+    description="One line for each field that differs: path, value in A, value in B.",
+    example="llmjax diff experiments/quickstart.py runs/first",
+    arguments=((("a",), {"metavar": "A", "help": EXPERIMENT[1]["help"]}), (("b",), {"metavar": "B", "help": "likewise"})),
+)
+VERBS = {verb.name: verb for verb in (TRAIN, EVAL, GENERATE, SHOW, LIST, PLOT, DIFF)}

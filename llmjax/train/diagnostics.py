@@ -1,0 +1,132 @@
+"""Where the first bad number is: parameters, inputs, activations in forward order, loss, gradients."""
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import flax.linen as nn
+import jax
+import numpy as np
+from jaxtyping import PRNGKeyArray, PyTree
+
+from llmjax.nn.model import Model, Params
+from llmjax.nn.sites import CAPTURED
+from llmjax.objectives.base import Batch
+from llmjax.train.state import State, by_path
+from llmjax.train.step import Step, microbatches
+
+BLOCKS = "blocks"
+"""Everything below it is stacked over the repeats of the pattern."""
+
+
+def diagnose(step: Step, model: Model, state: State, batch: Mapping[str, Any], seed: int, index: int) -> str:
+    """Name the first NaN or infinity that step `index` meets at `state`: what it is, where, and in which layer."""
+    key = jax.random.fold_in(jax.random.key(seed), index)
+    pattern = len(getattr(model, "pattern", (None,)))
+    for found in _findings(step, model.build(), state, dict(batch), key, pattern):
+        return found
+    return "no bad value was found when the step was run again"
+
+
+def _findings(
+    step: Step, module: nn.Module, state: State, batch: Batch, key: PRNGKeyArray, pattern: int
+) -> Iterator[str]:
+    for path, value in by_path(state.params).items():
+        yield from bad("parameter", path, value, pattern)
+    params = step.train.precision.cast_compute(state.params)
+    for path, value in by_path(params).items():
+        yield from bad(f"{step.train.precision.compute} copy of parameter", path, value, pattern)
+    for name, value in batch.items():
+        yield from bad("input", name, value, pattern)
+    for number in range(step.train.accumulate):
+        rows = {name: x[number] for name, x in microbatches(batch, step.train.accumulate).items()}
+        part = jax.random.fold_in(key, number)
+        apply, passes = capturing(module)
+        loss, _ = step.objective.loss(apply, params, rows, part)
+        for sites in passes:
+            for path, layer, value in sites:
+                yield from bad("activation", path, value, pattern, layer)
+        if not np.isfinite(loss):
+            yield f"the loss is {loss}, though every activation is finite"
+        gradients, _ = step.microbatch(state, rows, part)
+        for path, value in by_path(gradients).items():
+            yield from bad("gradient of parameter", path, value, pattern)
+
+
+def bad(kind: str, path: str, value: Any, pattern: int, repeat: int | None = None) -> Iterator[str]:
+    """A line if an array holds a NaN or an infinity; arrays below `blocks` are stacked unless `repeat` is given."""
+    array = np.asarray(value).astype(np.float32)
+    if np.isfinite(array).all():
+        return
+    if path.startswith(f"{BLOCKS}/") and repeat is None:
+        repeat = int(np.argmin(np.isfinite(array).reshape(len(array), -1).all(axis=1)))
+        array = array[repeat]
+    what = "NaN" if np.isnan(array).any() else "infinity"
+    where = "" if repeat is None else f" in layer {repeat * pattern + int(path.split('/')[1])}"
+    yield f"{what} in {kind} {path}{where} ({np.sum(~np.isfinite(array))} of {array.size} values)"
+
+
+Site = tuple[str, int | None, Any]
+"""Path, repeat (None outside of the stack), value."""
+
+
+def capturing(module: nn.Module) -> tuple[Callable[..., Any], list[list[Site]]]:
+    """The module as objectives take it, and a list that each call adds its sites to, in forward order."""
+    passes: list[list[Site]] = []
+
+    def apply(
+        params: Params,
+        tokens: Any,
+        *,
+        positions: Any = None,
+        segment_ids: Any = None,
+        key: PRNGKeyArray | None = None,
+        method: str = "__call__",
+    ) -> Any:
+        order: dict[tuple[str, ...], list[str]] = {}
+        rngs = None if key is None else {"dropout": key}
+        arguments = (tokens, positions, segment_ids, None, key is None)
+        with nn.intercept_methods(_record_order(order)):
+            (output, _), captured = module.apply(
+                {"params": params}, *arguments, rngs=rngs, method=method, mutable=[CAPTURED]
+            )
+        passes.append(list(_in_forward_order(captured.get(CAPTURED, {}), order)))
+        return output
+
+    return apply, passes
+
+
+def _record_order(order: dict[tuple[str, ...], list[str]]) -> Callable[..., Any]:
+    """Note, for each module, the order in which its sites and children came: jax sorts dictionaries on its way out."""
+
+    def intercept(call: Callable[..., Any], args: Any, kwargs: Any, context: nn.module.InterceptorContext) -> Any:
+        result = call(*args, **kwargs)
+        if context.module.scope is not None:
+            order[tuple(context.module.path)] = list(context.module.variables.get(CAPTURED, {}))
+        return result
+
+    return intercept
+
+
+def _in_forward_order(sites: PyTree, order: dict[tuple[str, ...], list[str]]) -> Iterator[Site]:
+    for path, value in _walk(sites, order, ()):
+        if isinstance(value, list):
+            for repeat in range(len(value[0][1])):
+                yield from ((name, repeat, stacked[repeat]) for name, stacked in value)
+        else:
+            yield path, None, value
+
+
+def _walk(sites: Any, order: dict[tuple[str, ...], list[str]], path: tuple[str, ...]) -> Iterator[tuple[str, Any]]:
+    """Sites by path; a stack as one entry, the list of its sites."""
+    for name in sorted(sites, key=lambda n: _rank(n, order.get(path, []))):
+        here, value = (*path, name), sites[name]
+        if here == (BLOCKS,):
+            yield BLOCKS, list(_walk(value, order, here))
+        elif isinstance(value, Mapping):
+            yield from _walk(value, order, here)
+        else:
+            yield "/".join(here), value
+
+
+def _rank(name: str, order: list[str]) -> int:
+    return order.index(name) if name in order else len(order)

@@ -1,0 +1,51 @@
+"""Small models that the decoding tests share, and the slow, cache-free definition of what they must generate."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from llmjax.nn.attention import Attention
+from llmjax.nn.block import Block
+from llmjax.nn.decoder import Decoder
+from llmjax.nn.initializers import GPT2Init
+from llmjax.nn.mlp import GLU, MLP
+from llmjax.nn.norms import LayerNorm, RMSNorm
+from llmjax.nn.positions import LearnedPositions
+
+VOCAB = 61
+
+
+def decoder(*mixers, **fields):
+    """Width 32; large initial weights, so that distributions are far from uniform."""
+    pattern = tuple(Block(mixer, GLU(d_ff=48)) for mixer in mixers)
+    defaults = dict(vocab=VOCAB, d_model=32, layers=2, pattern=pattern, initializer=GPT2Init(std=0.3))
+    return Decoder(**defaults | fields)
+
+
+MODELS = {
+    "mha": decoder(Attention(heads=4)),
+    "gqa": decoder(Attention(heads=4, kv_heads=2)),
+    "mqa": decoder(Attention(heads=4, kv_heads=1, qk_norm=RMSNorm())),
+    "window": decoder(Attention(heads=2, window=5)),
+    "mixed": decoder(Attention(heads=2, window=4), Attention(heads=4, kv_heads=2), layers=4),
+    "scanned": decoder(Attention(heads=2), layers=3, unroll=1),
+    "learned": decoder(
+        pattern=(Block(Attention(heads=2, rope=None, bias=True, out_bias=True), MLP(bias=True), LayerNorm()),),
+        norm=LayerNorm(), positions=LearnedPositions(48), tied=True,
+    ),
+}  # fmt: skip
+
+
+def params_of(model, seed=0):
+    return model.init(jax.random.key(seed))
+
+
+def full_log_probs(model, params, tokens):
+    """Float32 log-probabilities of the next token after each of `tokens`, one full forward pass without a cache."""
+    logits, _ = model.build().apply({"params": params}, jnp.asarray(tokens, jnp.int32)[None])
+    return np.asarray(jax.nn.log_softmax(logits[0]))
+
+
+def prompts_of(*lengths, seed=0):
+    random = np.random.default_rng(seed)
+    return [random.integers(0, VOCAB, n).tolist() for n in lengths]
