@@ -102,7 +102,7 @@ matrix: setup-test  ## pairwise combinations of the parts
 	$(PYTEST) -m matrix $(ARGS)
 
 parity: setup-parity  ## torch, transformers and peft beside our code (own environment, Python 3.11)
-	$(PARITY_VENV)/bin/python -m pytest -m parity $(ARGS)
+	OMP_NUM_THREADS=1 $(PARITY_VENV)/bin/python -m pytest -m parity $(ARGS)
 
 hardware: setup-hardware  ## compile for TPUs and GPUs that are not there (own environment, Python 3.11)
 	$(HARDWARE_ENV) $(HARDWARE_VENV)/bin/python -m pytest -m hardware -n 1 $(ARGS)

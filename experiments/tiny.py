@@ -1,6 +1,6 @@
 """The smallest run that learns something: bytes of Python's documentation in one minute on a laptop's CPU.
 
-What:   a 2-layer decoder of width 64 on bytes, no tokenizer to train; the place to try an idea before it costs anything.
+What:   a 2-layer decoder of width 64 on bytes, no tokenizer to train: the place to try an idea first.
 Cost:   about a minute on 2 CPU cores, 0.1M parameters.
 Expect: held-out bits per byte about 3.0 (see `Run`; 8 before training).
 Run:    llmjax train experiments/tiny.py --run-dir=runs/tiny

@@ -1,4 +1,4 @@
-"""What a run will take, before it takes it: parameters, arithmetic of a step, bytes. Nothing here allocates an array."""
+"""What a run will take, before it takes it: parameters, arithmetic of a step, bytes. No array is allocated here."""
 
 import dataclasses
 import math
@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.extend.core import Literal
 
 from llmjax.experiment import Experiment
@@ -22,7 +23,7 @@ class Parameter(NamedTuple):
     path: str
     shape: tuple[int, ...]
     dtype: str
-    count: int
+    size: int
 
 
 def parameters(model: Model) -> list[Parameter]:
@@ -70,7 +71,10 @@ def memory(experiment: Experiment, compiled: bool = False) -> dict[str, int]:
         "activations": activation_bytes(step, layout.abstract.params, microbatch(experiment)),
     }
     if compiled:
-        whole = batch(experiment.data.batch_size, experiment.data.length)
+        whole = {
+            name: np.empty(x.shape, x.dtype)
+            for name, x in batch(experiment.data.batch_size, experiment.data.length).items()
+        }
         step = dataclasses.replace(step, needs_objective=type(experiment.optimizer).needs_objective)
         analysis = Compiled(step, layout, mesh).compile(whole).executable.memory_analysis()
         found["compiled_temporary"] = analysis.temp_size_in_bytes
@@ -84,7 +88,7 @@ def nbytes(tree: Any) -> int:
 
 
 def activation_bytes(step: Step, params: Params, batch: Mapping[str, Any]) -> int:
-    """Bytes that the forward pass of one microbatch hands to the backward pass, the parameters themselves not counted."""
+    """Bytes that the forward pass of a microbatch hands to the backward pass, the parameters themselves aside."""
 
     def kept(params: Params, batch: Mapping[str, Any]) -> Any:
         return jax.vjp(lambda params: step.loss(params, batch, jax.random.key(0))[0], params)[1]

@@ -1,7 +1,7 @@
 """The `llmjax` command: one module a verb, imported when it is called, so that help costs no jax.
 
-Exit codes: 0 done (also after SIGTERM or SIGINT with the step saved), 1 a failed run, 2 bad input. The latter two say why in one
-line on stderr. With `--json` the last line of stdout is one JSON object.
+Exit codes: 0 done (also after SIGTERM or SIGINT with the step saved), 1 a failed run, 2 bad input. The latter two say
+why in one line on stderr. With `--json` the last line of stdout is one JSON object.
 """
 
 import argparse
@@ -52,7 +52,7 @@ def run(words: Sequence[str]) -> int:
     arguments = read(verb, words[1:])
     if arguments is None:
         return 0
-    result = importlib.import_module(f"llmjax.cli.{verb.name}").run(arguments)
+    result = importlib.import_module(f"llmjax.cli.commands.{verb.name}").run(arguments)
     if arguments.json:
         print(json.dumps(jsonable(result), ensure_ascii=False), flush=True)
     return 0
@@ -62,16 +62,18 @@ def overview() -> str:
     """What `llmjax --help` prints."""
     width = max(map(len, VERBS)) + 2
     lines = [f"  {verb.name:<{width}}{verb.summary}" for verb in VERBS.values()]
-    return "\n".join([
-        "usage: llmjax VERB ... [--path.to.field=value ...] [--json]",
-        "",
-        "Train, measure and sample language models; an experiment is a Python file, a run is a directory.",
-        "",
-        *lines,
-        "",
-        "llmjax VERB --help explains a verb. Any field of an experiment is set by its path: --train.steps=100,",
-        "--model.pattern.0.mixer='Attention(heads=8)'. --json makes the last line of stdout one JSON object.",
-    ])
+    return "\n".join(
+        [
+            "usage: llmjax VERB ... [--path.to.field=value ...] [--json]",
+            "",
+            "Train, measure and sample language models; an experiment is a Python file, a run is a directory.",
+            "",
+            *lines,
+            "",
+            "llmjax VERB --help explains a verb. Any field of an experiment is set by its path: --train.steps=100,",
+            "--model.pattern.0.mixer='Attention(heads=8)'. --json makes the last line of stdout one JSON object.",
+        ]
+    )
 
 
 class Parser(argparse.ArgumentParser):

@@ -88,5 +88,10 @@ def figures(event: dict[str, Any]) -> str:
 
 def held_out(event: dict[str, Any]) -> str:
     """The held-out figures of an eval event, those that it has."""
-    names = {"val_loss": "loss", "val_bits_per_byte": "bits/byte", "val_accuracy": "accuracy", "val_perplexity": "perplexity"}
+    names = {
+        "val_loss": "loss",
+        "val_bits_per_byte": "bits/byte",
+        "val_accuracy": "accuracy",
+        "val_perplexity": "perplexity",
+    }
     return "  ".join(f"{label} {event[name]:.4g}" for name, label in names.items() if event.get(name) is not None)

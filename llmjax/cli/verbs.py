@@ -18,7 +18,7 @@ CHECKPOINT: Argument = (
 
 @dataclass(frozen=True)
 class Verb:
-    """One verb: `llmjax.cli.<name>.run(arguments)` does it and returns its JSON object."""
+    """One verb: `llmjax.cli.commands.<name>.run(arguments)` does it and returns its JSON object."""
 
     name: str
     summary: str
@@ -60,8 +60,8 @@ GENERATE = Verb(
     summary="continue a prompt with a run's model",
     usage="RUN_DIR [--prompt=TEXT] [--checkpoint=best|last|STEP] [--generate.field=value ...]",
     description=(
-        "Continue a prompt; the text streams to the terminal. --json adds the tokens and their log-probabilities under\n"
-        "the distribution that was sampled from."
+        "Continue a prompt; the text streams to the terminal. --json adds the tokens and their log-probabilities:\n"
+        "under the distribution that was sampled from, and the model's own."
     ),
     example="llmjax generate runs/first --prompt='The for statement' --generate.temperature=0.8",
     arguments=(
@@ -92,7 +92,9 @@ LIST = Verb(
     name="list",
     summary="list the components that a config can name, and the experiments",
     usage="[NAME]",
-    description="Every component by its kind, and the experiment files below experiments/. NAME shows one component's fields.",
+    description=(
+        "Every component by its kind, and the experiment files below experiments/. NAME shows one component's fields."
+    ),
     example="llmjax list Attention",
     arguments=((("component",), {"nargs": "?", "metavar": "NAME", "help": "a component or a kind of component"}),),
 )
@@ -104,7 +106,10 @@ PLOT = Verb(
     example="llmjax plot runs/quickstart-1 runs/quickstart-2 --out=runs/compared",
     arguments=(
         (("run_dirs",), {"nargs": "+", "metavar": "RUN_DIR", "help": "directories that `llmjax train` made"}),
-        (("--out",), {"metavar": "DIR", "help": "folder for the files (default: RUN_DIR/plots of one run, else plots)"}),
+        (
+            ("--out",),
+            {"metavar": "DIR", "help": "folder for the files (default: RUN_DIR/plots of one run, else plots)"},
+        ),
     ),
 )
 DIFF = Verb(
@@ -113,6 +118,9 @@ DIFF = Verb(
     usage="A B",
     description="One line for each field that differs: path, value in A, value in B.",
     example="llmjax diff experiments/quickstart.py runs/first",
-    arguments=((("a",), {"metavar": "A", "help": EXPERIMENT[1]["help"]}), (("b",), {"metavar": "B", "help": "likewise"})),
+    arguments=(
+        (("a",), {"metavar": "A", "help": EXPERIMENT[1]["help"]}),
+        (("b",), {"metavar": "B", "help": "likewise"}),
+    ),
 )
 VERBS = {verb.name: verb for verb in (TRAIN, EVAL, GENERATE, SHOW, LIST, PLOT, DIFF)}

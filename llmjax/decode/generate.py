@@ -94,15 +94,13 @@ def stream(
     tokens, positions = left_pad(prompts, plan.width)
     keys = row_keys(config, len(prompts), key)
     carry = begin(params, tokens, positions, keys, model=model, config=sampling, slots=plan.slots, stop_ids=stops)
-    step, running = 1, True
-    while running:
-        until = min(config.max_tokens, -(-step // every) * every)
-        if until > step:
+    for until in (*range(every, config.max_tokens, every), config.max_tokens):
+        if until > 1:
             carry = advance(params, carry, until, model=model, config=sampling, width=plan.width, stop_ids=stops)
         result = collect(carry, plan.width, config.max_tokens)
-        running = until < config.max_tokens and not result.stopped.all()
-        step = until + 1
         yield result
+        if result.stopped.all():
+            return
 
 
 @functools.partial(jax.jit, static_argnames=("model", "config", "slots", "stop_ids"))

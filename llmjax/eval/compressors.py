@@ -2,8 +2,8 @@
 
 `alone`: 8 size(held out) / bytes. `given_training_text`: the same after the compressor has seen the training text. zlib
 takes the last 32 kB of it as a preset dictionary (its whole window, RFC 1950); for bz2 and xz it is
-8 (size(training + held out) - size(training)) / bytes, the conditional length of Cilibrasi and Vitanyi 2005 (cs/0312044).
-bz2 looks back over one block (900 kB), xz over 64 MB. Sizes include the formats' headers.
+8 (size(training + held out) - size(training)) / bytes, the conditional length of Cilibrasi and Vitanyi 2005
+(cs/0312044). bz2 looks back over one block (900 kB), xz over 64 MB. Sizes include the formats' headers.
 """
 
 import bz2
@@ -57,7 +57,7 @@ def xz_size(data: bytes) -> int:
 
 
 def compare(data: Data, limit: int = LIMIT) -> dict[str, Rate] | None:
-    """`rates` on the texts of `data`; None where nothing is held out, or a split is no text or exceeds `limit` bytes."""
+    """`rates` on the texts of `data`; None where nothing is held out or a split is no text or exceeds `limit` bytes."""
     held_out, training = text(data, "validation", limit), text(data, "train", limit)
     return rates(held_out, training) if held_out and training is not None else None
 

@@ -95,18 +95,18 @@ def import_weights(tensors: Tensors, config: Decoder, family: Family) -> Params:
     """
     family.to_hf_config(config)
     found = {_full_name(name, tensors, family): name for name in tensors}
-    shapes = {path: leaf.shape for path, leaf in flatten_dict(config.abstract(), sep="/").items()}
-    rows = list(_rows(config, family))
+    rows, expected = list(_rows(config, family)), shapes(config, family)
     missing = [name for name, *_ in rows if name not in found]
     if missing:
         raise InputError(f"tensor {missing[0]} is missing ({len(missing)} of {len(rows)} are)")
     _check_unexpected(found, {name for name, *_ in rows}, config, tensors, family)
-    ours = {path: np.empty(shape, np.float32) for path, shape in shapes.items()}
+    ours = {path: np.empty(shape, np.float32) for path, shape in _our_shapes(config).items()}
     for name, entry, paths, repeat in rows:
         theirs = tensors[found[name]]
-        expected = _their_shape(entry, [_layer_shape(shapes[path], repeat) for path in paths])
-        if tuple(theirs.shape) != expected:
-            raise InputError(f"tensor {name} has shape {list(theirs.shape)}: the config asks for {list(expected)}")
+        if tuple(theirs.shape) != expected[name]:
+            raise InputError(
+                f"tensor {name} has shape {list(theirs.shape)}: the config asks for {list(expected[name])}"
+            )
         if not jnp.issubdtype(theirs.dtype, jnp.floating):
             raise InputError(f"tensor {name} is of {theirs.dtype}: only floating-point weights are read")
         for path, value in zip(paths, entry.read(theirs, _head_dim(config)), strict=True):
@@ -121,16 +121,15 @@ def export_weights(params: Params, config: Decoder, family: Family) -> dict[str,
     config's paths and shapes, and for a config that the family cannot express.
     """
     family.to_hf_config(config)
-    ours = flatten_dict(params, sep="/")
-    shapes = {path: leaf.shape for path, leaf in flatten_dict(config.abstract(), sep="/").items()}
-    for path in sorted(shapes.keys() | ours.keys()):
+    ours, expected = flatten_dict(params, sep="/"), _our_shapes(config)
+    for path in sorted(expected.keys() | ours.keys()):
         if path not in ours:
             raise InputError(f"parameter {path} is missing")
-        if path not in shapes:
+        if path not in expected:
             raise InputError(f"parameter {path} is not one of the config's")
-        if tuple(ours[path].shape) != shapes[path]:
+        if tuple(ours[path].shape) != expected[path]:
             raise InputError(
-                f"parameter {path} has shape {list(ours[path].shape)}: the config asks for {list(shapes[path])}"
+                f"parameter {path} has shape {list(ours[path].shape)}: the config asks for {list(expected[path])}"
             )
     host = {path: np.asarray(value) for path, value in ours.items()}
     return {
@@ -139,6 +138,18 @@ def export_weights(params: Params, config: Decoder, family: Family) -> dict[str,
         )
         for name, entry, paths, repeat in _rows(config, family)
     }
+
+
+def shapes(config: Decoder, family: Family) -> dict[str, tuple[int, ...]]:
+    """The shape of each of transformers' tensors of a model of that config; no memory is used."""
+    ours, found, known = _our_shapes(config), {}, {}
+    for name, entry, paths, repeat in _rows(config, family):
+        key = (entry, *(ours[path] for path in paths))
+        if key not in known:
+            abstract = [jax.ShapeDtypeStruct(ours[path][0 if repeat is None else 1 :], jnp.float32) for path in paths]
+            known[key] = jax.eval_shape(lambda *leaves, entry=entry: entry.write(list(leaves)), *abstract).shape
+        found[name] = known[key]
+    return found
 
 
 def expressible(config: Decoder, theirs: Mapping[str, Any], family: Family) -> dict[str, Any]:
@@ -261,13 +272,8 @@ def _check_unexpected(
         )
 
 
-def _layer_shape(shape: tuple[int, ...], repeat: int | None) -> tuple[int, ...]:
-    return shape if repeat is None else shape[1:]
-
-
-def _their_shape(entry: Entry, shapes: list[tuple[int, ...]]) -> tuple[int, ...]:
-    abstract = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
-    return jax.eval_shape(lambda *ours: entry.write(list(ours)), *abstract).shape
+def _our_shapes(config: Decoder) -> dict[str, tuple[int, ...]]:
+    return {path: leaf.shape for path, leaf in flatten_dict(config.abstract(), sep="/").items()}
 
 
 def _head_dim(config: Decoder) -> int:

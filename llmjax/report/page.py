@@ -1,4 +1,4 @@
-"""`report.html`: one static page with the numbers, curves, samples and config of a run; no script, no other file, no net."""
+"""`report.html`: one static page with the numbers, curves, samples and config of a run; nothing is fetched or run."""
 
 import base64
 import html
@@ -142,10 +142,10 @@ h2, summary { margin: 2rem 0 .6rem; font-size: 1.1rem; font-weight: 650; }
 summary { cursor: pointer; }
 header p, .note { margin: .3rem 0 0; color: var(--soft); }
 .note { font-size: .85rem; max-width: 46rem; }
-.numbers { display: grid; grid-template-columns: repeat(auto-fit, minmax(9.5rem, 1fr)); gap: .6rem; margin: 1.2rem 0 0; }
+.numbers { display: grid; grid-template-columns: repeat(auto-fit, minmax(9.5rem, 1fr)); gap: .6rem; margin: 1rem 0; }
 .numbers div { padding: .6rem .8rem; background: var(--tint); border-radius: .4rem; }
 .numbers dt { color: var(--soft); font-size: .8rem; }
-.numbers dd { margin: 0; font-size: 1.3rem; font-weight: 650; font-variant-numeric: tabular-nums; overflow-wrap: anywhere; }
+.numbers dd { margin: 0; font-size: 1.3rem; font-weight: 650; font-variant-numeric: tabular-nums; }
 .numbers div:first-child dd { color: var(--accent); }
 .curves { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 20rem), 1fr)); gap: 1rem; }
 .curves img { width: 100%; height: auto; }

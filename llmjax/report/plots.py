@@ -85,10 +85,9 @@ def figure(panel: Panel, runs: Mapping[str, Mapping[str, Series]]) -> Any:
             colour = COLOURS[(number if several else index) % len(COLOURS)]
             name = f"{label}, {curve.label}" if several and len(panel.curves) > 1 else label if several else curve.label
             held_out = curve.metric.startswith("val_")
-            style = {"marker": "o", "markersize": 3.5, "linestyle": "--" if several else "-"} if held_out else {}
-            if len(series.steps) == 1:
-                style = {"marker": "o", "markersize": 3.5}
-            axes.plot(*series, color=colour, linewidth=1.4, label=name, **style)
+            marker = "o" if held_out or len(series.steps) == 1 else ""
+            dashes = "--" if held_out and several else "-"
+            axes.plot(*series, dashes, marker=marker, markersize=3.5, color=colour, linewidth=1.4, label=name)
             drawn.append(series.values)
     decorate(axes, panel, drawn)
     return picture

@@ -26,7 +26,7 @@ from llmjax.data import (
     TokenShards,
     write_token_shards,
 )
-from llmjax.data.python_docs import split_topics
+from llmjax.data.python_docs import FOLD, HOLDOUT, split_topics
 from llmjax.data.reading import Reading
 from llmjax.data.splits import held_out, unit_hash
 from tests.evidence import evidence
@@ -281,6 +281,16 @@ def test_python_docs_hold_out_what_training_has_not_seen(reading):
         seen = {window for text in train for window in windows(plain(text))}
         held = [window for text in validation for window in windows(plain(text))]
         assert sum(window in seen for window in held) / len(held) < 0.01
+
+
+def test_training_drops_paragraphs_that_repeat_or_resemble_held_out_ones():
+    inside = next(name for name in map(str, range(1000)) if held_out(name, HOLDOUT, FOLD))
+    outside = next(name for name in map(str, range(1000)) if not held_out(name, HOLDOUT, FOLD))
+    held = "Short.\n\nA paragraph of more than fifty characters that a held-out topic holds as well."
+    near = "An edit of: a paragraph of more than fifty characters that a held-out\n  topic holds. The end."
+    topics = {inside: held, outside: f"Kept one.\n\n  Short. \n\n{near}\n\nKept two: more than fifty."}
+    split = split_topics(topics)
+    assert split == {"train": {outside: "Kept one.\n\nKept two: more than fifty."}, "validation": {inside: held}}
 
 
 def test_repeated_paragraphs_leak_without_the_filter():

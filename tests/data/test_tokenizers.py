@@ -112,13 +112,13 @@ def test_bpe_merges_are_those_of_the_algorithm(evidence):
 @evidence("F02", oracle="tokenizers.Tokenizer trained and called directly", code="llmjax.data.bpe")
 def test_bpe_ids_are_the_librarys(evidence, reading):
     text = " ".join(f"{word} {word}s un{word}ed" for word in ("cat", "dog", "train", "token", "merge", "byte") * 20)
-    codec = BPE(320).resolve(InMemory((text,), holdout=0.0), reading)
+    codec = BPE(280).resolve(InMemory((text,), holdout=0.0), reading)
     library = tokenizers.ByteLevelBPETokenizer(add_prefix_space=False)
-    library.train_from_iterator([text], vocab_size=319, show_progress=False)
+    library.train_from_iterator([text], vocab_size=279, show_progress=False)
     alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
     assert [library.id_to_token(i) for i in range(256)] == alphabet
     evidence.record(error=int(codec.encode(text) != library.encode(text).ids), tolerance=0)
-    assert len(codec.encode(text)) < len(text) / 2
+    assert codec.token_bytes[278] > 1  # the last merge
 
 
 def test_bpe_training_is_deterministic_across_processes_and_threads():

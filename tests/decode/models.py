@@ -1,7 +1,8 @@
 """Small models that the decoding tests share, and the slow, cache-free definition of what they must generate."""
 
+import functools
+
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from llmjax.nn.attention import Attention
@@ -40,10 +41,17 @@ def params_of(model, seed=0):
     return model.init(jax.random.key(seed))
 
 
+@functools.partial(jax.jit, static_argnums=0)
+def forward(model, params, tokens, positions=None, segment_ids=None):
+    """Logits of one full forward pass without a cache, as in training."""
+    return model.build().apply({"params": params}, tokens, positions, segment_ids)[0]
+
+
 def full_log_probs(model, params, tokens):
-    """Float32 log-probabilities of the next token after each of `tokens`, one full forward pass without a cache."""
-    logits, _ = model.build().apply({"params": params}, jnp.asarray(tokens, jnp.int32)[None])
-    return np.asarray(jax.nn.log_softmax(logits[0]))
+    """Next-token log-probabilities after each of `tokens`, padded behind, where causal models do not look."""
+    padded = np.zeros((1, 48), np.int32)
+    padded[0, : len(tokens)] = tokens
+    return np.asarray(jax.nn.log_softmax(forward(model, params, padded)[0]))[: len(tokens)]
 
 
 def prompts_of(*lengths, seed=0):

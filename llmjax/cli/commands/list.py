@@ -1,4 +1,4 @@
-"""`llmjax list`: the components a config can name, by the base class of the field that takes them, and the experiments."""
+"""`llmjax list`: the components a config can name, by the type of the field that takes them, and the experiments."""
 
 import ast
 import dataclasses

@@ -5,10 +5,10 @@ from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
-from llmjax.cli.generate import sample
+from llmjax.cli.commands.generate import sample
+from llmjax.cli.commands.show import arithmetic_rows, fields
 from llmjax.cli.progress import Progress
 from llmjax.cli.runs import open_run
-from llmjax.cli.show import arithmetic_rows, fields
 from llmjax.cli.text import duration, short, table
 from llmjax.config import ConfigError, InputError
 from llmjax.eval.compressors import Rate, compare
@@ -16,6 +16,7 @@ from llmjax.experiment import Experiment, compatible, load, load_experiment, loa
 from llmjax.plan import arithmetic
 from llmjax.report import history, page, plots
 from llmjax.train import checkpoint
+from llmjax.train.log import FILE
 from llmjax.train.loop import fit, locked
 
 CONFIG = "config.json"
@@ -35,7 +36,9 @@ def run(arguments: Namespace) -> dict[str, Any]:
             withdraw(run_dir)
         raise
     if result["stopped"] == "signal":
-        print(f"stopped by a signal; step {result['steps']} is saved: the same command with --run-dir={run_dir} goes on")
+        print(
+            f"stopped by a signal; step {result['steps']} is saved: the same command with --run-dir={run_dir} goes on"
+        )
         return result
     return result | finish(experiment, run_dir, result)
 
@@ -54,8 +57,8 @@ def claim(experiment: Experiment, arguments: Namespace) -> tuple[Path, bool]:
     forbidden = [] if fresh else compatible(load(run_dir), experiment)
     if forbidden:
         raise ConfigError(
-            f"{run_dir} holds another run ({'; '.join(forbidden)}): only steps, intervals and mesh may differ when a run "
-            "goes on; give another --run-dir"
+            f"{run_dir} holds another run ({'; '.join(forbidden)}): only steps, intervals and mesh may differ "
+            "when a run goes on; give another --run-dir"
         )
     spec = (load_record(arguments.experiment).get("source") or {}).get("path") if again else arguments.experiment
     try:
@@ -80,10 +83,14 @@ def free(folder: Path, name: str) -> Path:
 
 
 def withdraw(run_dir: Path) -> None:
-    """Remove the config of a run that never began because its input was bad, so that the corrected one may begin here."""
-    logged = run_dir / "metrics.jsonl"
-    if not checkpoint.steps(run_dir) and not (logged.exists() and logged.stat().st_size):
-        (run_dir / CONFIG).unlink(missing_ok=True)
+    """Undo `claim` for a run that never began because its input was bad, so that the corrected one may begin here."""
+    log, folder = run_dir / FILE, run_dir / checkpoint.FOLDER
+    if checkpoint.steps(run_dir) or (log.exists() and log.stat().st_size):
+        return
+    for path in (run_dir / CONFIG, log):
+        path.unlink(missing_ok=True)
+    if folder.exists() and not any(folder.iterdir()):
+        folder.rmdir()
 
 
 def finish(experiment: Experiment, run_dir: Path, result: dict[str, Any]) -> dict[str, Any]:
@@ -122,7 +129,7 @@ def finish(experiment: Experiment, run_dir: Path, result: dict[str, Any]) -> dic
 
 NOTE = (
     "Bits per byte of the held-out text. A model has read the training text; compressors are shown alone and after the "
-    "same text (zlib: its last 32 kB as dictionary; bz2, xz: size of training + held-out text minus size of training text)."
+    "same text (zlib: its last 32 kB as dictionary; bz2, xz: size of training and held-out text, less training)."
 )
 
 

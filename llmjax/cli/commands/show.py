@@ -11,6 +11,7 @@ from llmjax.experiment import Experiment, load_experiment
 from llmjax.fields import hints
 from llmjax.parallel.mesh import MeshConfig
 from llmjax.plan import arithmetic, memory, parameters
+from llmjax.train.checkpoint import steps
 from llmjax.train.state import params_sha256, plan
 
 
@@ -48,23 +49,26 @@ def fields(node: Any, path: str = "", doc: str = "") -> list[tuple[str, str, str
         return [row for i, part in enumerate(node) for row in fields(part, f"{path}.{i}", doc)]
     if not is_config(node):
         return [(path, repr(node), doc)]
-    meaning, prefix = docs(type(node)), f"{path}." if path else ""
-    own = [(path, type(node).__name__, doc)] if path else []
-    below = (fields(getattr(node, name), prefix + name, meaning.get(name, "")) for name in hints(type(node)))
+    cls: type = type(node)
+    meaning, prefix = docs(cls), f"{path}." if path else ""
+    own = [(path, cls.__name__, doc)] if path else []
+    below = (fields(getattr(node, name), prefix + name, meaning.get(name, "")) for name in hints(cls))
     return [*own, *(row for rows in below for row in rows)]
 
 
 def parameter_table(rows: list[Any]) -> str:
     """Path, shape, dtype and count of every parameter, and the sum."""
     lines = [("parameter", "shape", "dtype", "count")]
-    lines += [(row.path, "x".join(map(str, row.shape)), row.dtype, f"{row.count:,}") for row in rows]
-    lines += [("sum", "", "", f"{sum(row.count for row in rows):,}")]
+    lines += [(row.path, "x".join(map(str, row.shape)), row.dtype, f"{row.size:,}") for row in rows]
+    lines += [("sum", "", "", f"{sum(row.size for row in rows):,}")]
     return table(lines, right=(3,))
 
 
 def arithmetic_rows(sums: dict[str, int | float]) -> list[tuple[str, str]]:
     """The arithmetic of a step in words."""
-    parts = f", {sums['accumulate']} microbatches of {sums['rows_per_microbatch']} rows" if sums["accumulate"] > 1 else ""
+    parts = (
+        f", {sums['accumulate']} microbatches of {sums['rows_per_microbatch']} rows" if sums["accumulate"] > 1 else ""
+    )
     return [
         ("tokens per step", f"{sums['batch_size']} x {sums['length']} = {sums['tokens_per_step']:,}{parts}"),
         ("tokens in all", f"{sums['tokens_per_step']:,} x {sums['steps']:,} = {sums['total_tokens']:,}"),
@@ -77,6 +81,9 @@ def arithmetic_rows(sums: dict[str, int | float]) -> list[tuple[str, str]]:
 
 def standing(experiment: Experiment, run_dir: str) -> dict[str, Any]:
     """Print and return where a run stands; `params_sha256` is over the trained parameters in path order."""
+    if not steps(run_dir):
+        print(f"\n{run_dir} holds no checkpoint yet")
+        return {"step": 0, "params_sha256": None, "val_loss": None, "run_dir": run_dir}
     found = choose(run_dir, "last")
     shapes = plan(experiment.model, experiment.optimizer, experiment.train, MeshConfig().build()).abstract.params
     digest = params_sha256(found.params(shapes))
