@@ -64,7 +64,13 @@ def base() -> Experiment:
     second = Block(mixer=Attention(heads=2, rope=None), mlp=MLP(d_ff=24, bias=True), norm=LayerNorm(), order="post")
     return Experiment(
         model=Decoder(
-            vocab=257, d_model=16, layers=4, pattern=(first, second), positions=LearnedPositions(64), soft_cap=9.0, unroll=1
+            vocab=257,
+            d_model=16,
+            layers=4,
+            pattern=(first, second),
+            positions=LearnedPositions(64),
+            soft_cap=9.0,
+            unroll=1,
         ),
         data=Data(source=InMemory(texts=TEXTS, holdout=0.2), tokenizer=Bytes(), length=16, batch_size=8),
         optimizer=AdamW(schedule=Cosine(warmup=2), groups=(Group(path="embed", learning_rate=0.5, weight_decay=0.2),)),
@@ -212,7 +218,9 @@ def test_every_leaf_of_the_base_is_alive(observer, room):
 
 def swaps() -> dict[str, tuple[str, Any]]:
     """Components that the base does not use: where they go, and the component with its optional parts on."""
-    rest = {f"optimizer {name}": ("optimizer", cls()) for name, cls in subclasses(Optimizer).items() if cls is not AdamW}
+    rest = {
+        f"optimizer {name}": ("optimizer", cls()) for name, cls in subclasses(Optimizer).items() if cls is not AdamW
+    }
     rest |= {
         f"schedule {name}": ("optimizer.schedule", cls(warmup=2))
         for name, cls in subclasses(Schedule).items()

@@ -7,7 +7,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from llmjax.nn.initializers import Init
 from llmjax.nn.linear import Linear
@@ -20,7 +20,7 @@ from pallas_kernels.attention import attention
 
 @dataclass(frozen=True)
 class Attention(Mixer):
-    """softmax(q k^T scale + mask) v per head. Vaswani et al. 2017 (1706.03762); GQA: Ainslie et al. 2023 (2305.13245)."""
+    """softmax(q k^T scale + mask) v per head. Vaswani et al. 2017 (1706.03762); GQA: Ainslie 2023 (2305.13245)."""
 
     heads: int = 4
     """query heads"""
@@ -115,19 +115,24 @@ class AttentionModule(nn.Module):
         c = self.config
         heads, _, head_dim = c.sizes(self.d_model)
         q, k, v = self.project(x, context)
-        if state is not None:
-            state = {"key": store(state["key"], k, context), "value": store(state["value"], v, context)}
+        positions = None
+        if state is not None and context.cache is not None:
+            slot = context.cache.slot
+            state = {"key": store(state["key"], k, slot), "value": store(state["value"], v, slot)}
             k, v = state["key"].astype(q.dtype), state["value"].astype(q.dtype)
+            positions = (context.positions, context.cache.positions)
         reach = None if c.window is None else (c.window - 1, 0 if c.causal else c.window - 1)
         z = attention(
-            q, k, v,
+            q,
+            k,
+            v,
             is_causal=c.causal,
             local_window_size=reach,
-            segment_ids=context.segment_ids if state is None else None,
-            positions=None if state is None else (context.positions, context.key_positions),
+            segment_ids=context.segment_ids,
+            positions=positions,
             logits_soft_cap=c.soft_cap,
             implementation=c.implementation,
-        )  # fmt: skip
+        )
         z = site(self, "z", z)
         residual = self.initializer.residual(heads * head_dim, self.layers)
         inputs, axes = (heads, head_dim), ("heads", "head_dim", "d_model")
@@ -154,7 +159,7 @@ class AttentionModule(nn.Module):
 def store(
     cache: Float[Array, "batch cache kv_heads head_dim"],
     new: Float[Array, "batch length kv_heads head_dim"],
-    context: Context,
+    slot: Int[Array, ""],
 ) -> Float[Array, "batch cache kv_heads head_dim"]:
-    """Write this call's keys or values at the context's slot."""
-    return jax.lax.dynamic_update_slice_in_dim(cache, new.astype(cache.dtype), context.slot, axis=1)
+    """Write this call's keys or values from `slot` on."""
+    return jax.lax.dynamic_update_slice_in_dim(cache, new.astype(cache.dtype), slot, axis=1)

@@ -41,7 +41,7 @@ class Block:
 
 
 class BlockModule(nn.Module):
-    """Owns `mixer`, `mlp` and their norms; sites resid_pre, attn_out, resid_mid, mlp_out, resid_post."""
+    """Owns `mixer`, `mlp` and their norms; sites resid_pre, mixer_out, resid_mid, mlp_out, resid_post."""
 
     config: Block
     d_model: int

@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, Int
 from llmjax.nn.block import Block, BlockModule
 from llmjax.nn.initializers import GPT2Init, Init
 from llmjax.nn.linear import parameter
-from llmjax.nn.mixer import Context
+from llmjax.nn.mixer import Cache, Context
 from llmjax.nn.model import Features, Model
 from llmjax.nn.norms import Norm, RMSNorm
 from llmjax.nn.positions import Positions
@@ -67,6 +67,8 @@ class Decoder(Model):
         for i, block in enumerate(self.pattern):
             for field, why in block.mixer.problems_at(self.d_model):
                 yield f"pattern.{i}.mixer.{field}", why
+        for field, why in () if self.positions is None else self.positions.problems_at(self.d_model):
+            yield f"positions.{field}", why
 
     def init_state(self, batch: int, length: int, dtype: DTypeLike) -> dict[str, Any]:
         """Empty decode state: `slot` (tokens stored), `positions` `[batch, length]`, `blocks` stacked over repeats."""
@@ -207,7 +209,7 @@ def enter(
         raise ValueError("segment_ids belong to packed training batches; decoding takes positions, -1 for padding")
     slot = state["slot"]
     stored = jax.lax.dynamic_update_slice_in_dim(state["positions"], positions, slot, axis=1)
-    context = Context(positions, None, slot, stored, deterministic)
+    context = Context(positions, None, Cache(slot, stored), deterministic)
     return context, {**state, "slot": slot + positions.shape[1], "positions": stored}
 
 

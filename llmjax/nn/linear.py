@@ -1,5 +1,8 @@
 """The one projection that all modules are made of: y = x W + b over named axes."""
 
+from collections.abc import Callable
+from typing import Any
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -37,5 +40,5 @@ def parameter(
     module: nn.Module, name: str, init: Initializer, shape: tuple[int, ...], axes: tuple[str, ...]
 ) -> Float[Array, "..."]:
     """Declare a float32 parameter with logical axis names, or return the value that the caller passed in."""
-    return module.param(name, nn.with_logical_partitioning(init, axes), shape, jnp.float32)
-
+    boxed: Callable[..., Any] = nn.with_logical_partitioning(init, axes)
+    return module.param(name, boxed, shape, jnp.float32)

@@ -1,13 +1,14 @@
-"""A metric is a sum and a count; its mean is made once, at the end, so that it is right over hosts, microbatches and masks."""
+"""A metric is a sum and a count; its mean is made once, at the end: right over hosts, microbatches and masks."""
 
 from collections.abc import Mapping
-from typing import NamedTuple
 
 import jax
+from flax import struct
 from jaxtyping import Array, Float
 
 
-class Metric(NamedTuple):
+@struct.dataclass
+class Metric:
     """Sum of a quantity and the weight it was summed over; both float32 scalars."""
 
     total: Float[Array, ""] | float

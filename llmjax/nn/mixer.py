@@ -1,4 +1,4 @@
-"""What every sequence mixer (attention, scan, recurrence) has in common: its config's base and the context of a call."""
+"""What every sequence mixer (attention, scan, recurrence) shares: its config's base and the context of a call."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -16,17 +16,27 @@ State = Any
 
 
 @flax.struct.dataclass
+class Cache:
+    """Where decoding stands: the slot that this call's tokens start at, and the position of every slot's token.
+
+    These tokens are included; -1 is an empty slot or padding.
+    """
+
+    slot: Int[Array, ""]
+    positions: Int[Array, "batch cache"]
+
+
+@flax.struct.dataclass
 class Context:
     """What the layers of one forward pass share.
 
-    `positions` count from 0 in each document; padding has -1. In decoding, `slot` is where this call's tokens go in a
-    cache and `key_positions` are the positions of all its slots, these tokens included (-1: empty or padding).
+    `positions` count from 0 in each document; padding has -1. `segment_ids` are of packed training batches, `cache` of
+    decoding; never both.
     """
 
     positions: Int[Array, "batch length"]
     segment_ids: Int[Array, "batch length"] | None = None
-    slot: Int[Array, ""] | None = None
-    key_positions: Int[Array, "batch cache"] | None = None
+    cache: Cache | None = None
     deterministic: bool = flax.struct.field(pytree_node=False, default=True)
 
 

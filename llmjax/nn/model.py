@@ -1,14 +1,15 @@
 """What every model config offers to training, decoding and planning."""
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import flax.linen as nn
 import jax
+from flax import struct
 from flax.core import meta
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, PRNGKeyArray
-from flax import struct
 
 Params = Any
 """A plain pytree of nested dictionaries of arrays."""
@@ -37,7 +38,7 @@ class Model:
 
     def init(self, key: PRNGKeyArray) -> Params:
         """Draw float32 parameters."""
-        return meta.unbox(self.build().init(key, self.example())["params"])
+        return draw(self, key)
 
     def boxed(self) -> Params:
         """Abstract parameters that carry the logical names of their axes; no memory is used."""
@@ -67,3 +68,9 @@ class Model:
     def kv_bytes_per_token(self, dtype: DTypeLike) -> int:
         """Bytes of decode state that one more token of context costs."""
         raise NotImplementedError
+
+
+@partial(jax.jit, static_argnums=0)
+def draw(model: Model, key: PRNGKeyArray) -> Params:
+    """Initial parameters, compiled once for each config."""
+    return meta.unbox(model.build().init(key, model.example())["params"])

@@ -1,7 +1,7 @@
 """Activation sites: named points of the forward pass that can be read, replaced, shifted and cut, with data only.
 
-Reading: make the collection `sites` mutable. Editing: pass the collection `interventions`, a tree of the same paths whose
-leaves are dictionaries with any of `mask`, `value`, `add`, `stop` (arrays that broadcast against the activation):
+Reading: make the collection `sites` mutable. Editing: pass the collection `interventions`, a tree of the same paths
+whose leaves are dictionaries with any of `mask`, `value`, `add`, `stop` (arrays that broadcast against the activation):
     x <- where(mask, value, x);   x <- x + add;   x <- where(stop, stop_gradient(x), x)
 Both collections are stacked over the repeats of a scanned stack like the parameters are, so one array edits all layers.
 """

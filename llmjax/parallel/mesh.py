@@ -90,7 +90,7 @@ def fit(spec: PartitionSpec | None, shape: tuple[int, ...], mesh: Mesh) -> Parti
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
     """Sharding of a batch's arrays `[batch, length]`."""
-    return NamedSharding(mesh, nn.logical_to_mesh_axes(("batch", "length"), RULES))
+    return NamedSharding(mesh, nn.logical_to_mesh_axes(("batch", "length"), RULES) or PartitionSpec())
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

@@ -31,5 +31,7 @@ def absent_devices(name: str) -> list[jax.Device]:
             found = topologies.get_topology_desc(platform="tpu", topology_name=name)
     except RuntimeError as error:
         reason = str(error).partition("\n")[0]
-        raise InputError(f"no compiler for topology={name!r}: install llmjax[cuda] or llmjax[tpu] ({reason})") from error
+        raise InputError(
+            f"no compiler for topology={name!r}: install llmjax[cuda] or llmjax[tpu] ({reason})"
+        ) from error
     return list(found.devices)

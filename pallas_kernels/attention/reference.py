@@ -42,9 +42,7 @@ def by_group(x: Array, groups: int) -> Array:
     return x.reshape(x.shape[0], *split, *x.shape[2:])
 
 
-def masked_softmax(
-    scores: Float[Array, "... keys"], mask: Bool[Array, "... keys"]
-) -> Float[Array, "... keys"]:
+def masked_softmax(scores: Float[Array, "... keys"], mask: Bool[Array, "... keys"]) -> Float[Array, "... keys"]:
     """Softmax over the keys where `mask` is true; all zeros where it is nowhere true."""
     lowest = jnp.finfo(scores.dtype).min
     top = jax.lax.stop_gradient(jnp.max(scores, axis=-1, keepdims=True, where=mask, initial=lowest))

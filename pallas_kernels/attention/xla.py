@@ -23,7 +23,8 @@ def blockwise_attention(
 ) -> Float[Array, "batch query_length heads value_dim"]:
     """Attention over blocks of `block` queries, each against all keys; scores of one block exist at a time.
 
-    Temporary memory is batch * heads * block * key_length floats, forward and backward. Rabe and Staats 2021 (2112.05682).
+    Temporary memory is batch * heads * block * key_length floats, forward and backward. Rabe and Staats 2021
+    (2112.05682).
     """
 
     @jax.checkpoint

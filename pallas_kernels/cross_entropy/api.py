@@ -1,11 +1,13 @@
 """Linear head, softmax and loss, chunked over tokens, with the gradients made in the forward pass."""
 
 import functools
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
+
+Tree = TypeVar("Tree")
 
 
 class TokenLosses(NamedTuple):
@@ -26,11 +28,11 @@ def linear_cross_entropy(
     z_loss: float = 0.0,
     soft_cap: float | None = None,
 ) -> tuple[Float[Array, ""], TokenLosses]:
-    """sum_i weights_i (nll_i + z_loss lse_i^2), float32, differentiable in `hidden` and `kernel`; and each token's terms.
+    """sum_i weights_i (nll_i + z_loss lse_i^2), float32, differentiable in `hidden` and `kernel`; each token's terms.
 
     nll_i = lse_i - logits_i[target_i], lse_i = log sum_v exp(logits_iv), logits = soft_cap(hidden @ kernel) in float32.
-    With `chunk`, logits of that many tokens exist at a time and the backward pass only scales gradients that the forward
-    pass made (so forward-only callers, who do not differentiate, pay nothing); None keeps all logits. z-loss: Chowdhery
+    With `chunk`, logits of that many tokens exist at a time and the backward pass only scales gradients that the
+    forward pass made (callers who do not differentiate do not pay for them); None keeps all logits. z-loss: Chowdhery
     et al. 2022 (2204.02311). Raises ValueError where the shapes disagree.
     """
     if hidden.ndim != 2 or kernel.shape[:1] != hidden.shape[1:]:
@@ -94,7 +96,9 @@ def chunked_forward(
 ) -> tuple[tuple[Float[Array, ""], TokenLosses], tuple[Array, Array]]:
     """`chunked`, and the gradients of its loss: hidden's chunk by chunk, the kernel's summed in float32."""
 
-    def step(carry: tuple[Array, Array], part: tuple[Array, ...]) -> tuple[tuple[Array, Array], tuple[Array, TokenLosses]]:
+    def step(
+        carry: tuple[Array, Array], part: tuple[Array, ...]
+    ) -> tuple[tuple[Array, Array], tuple[Array, TokenLosses]]:
         h, t, w = part
         total, kernel_grad = carry
         loss, terms, logits_grad = loss_and_logits_grad(h, kernel, t, w, z_loss, soft_cap)
@@ -154,6 +158,6 @@ def split(chunk: int, *arrays: Array) -> tuple[Array, ...]:
     return tuple(a.reshape(count, chunk, *a.shape[1:]) for a in padded)
 
 
-def join(tree: TokenLosses | Array, tokens: int) -> TokenLosses | Array:
+def join(tree: Tree, tokens: int) -> Tree:
     """Undo `split` for every array of a tree."""
     return jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:])[:tokens], tree)

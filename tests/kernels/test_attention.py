@@ -50,9 +50,7 @@ def test_bias_and_mask_agree_with_jax(evidence):
     q, k, v = inputs()
     bias = jax.random.normal(jax.random.key(3), (2, 4, 12, 12))
     mask = jax.random.bernoulli(jax.random.key(4), 0.7, (2, 1, 12, 12)) | jnp.eye(12, dtype=bool)
-    evidence.record(
-        worst(attention(q, k, v, bias, mask), jax.nn.dot_product_attention(q, k, v, bias, mask)), TOLERANCE
-    )
+    evidence.record(worst(attention(q, k, v, bias, mask), jax.nn.dot_product_attention(q, k, v, bias, mask)), TOLERANCE)
 
 
 @evidence("A01", oracle="explicit loops in float64", code="pallas_kernels.attention")

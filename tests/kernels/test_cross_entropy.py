@@ -1,4 +1,4 @@
-"""Linear cross-entropy against optax on dense logits, values and gradients; float32 rounding of sums over 37 classes."""
+"""Linear cross-entropy against optax on dense logits, values and gradients; float32 rounding of 37-term sums."""
 
 import chex
 import jax
@@ -38,9 +38,7 @@ class TestAgainstOptax(chex.TestCase):
             h, w, targets, weights = inputs()
 
             def ours(h, w, chunk=chunk, z_loss=z_loss, soft_cap=soft_cap, targets=targets, weights=weights):
-                return linear_cross_entropy(
-                    h, w, targets, weights, chunk=chunk, z_loss=z_loss, soft_cap=soft_cap
-                )[0]
+                return linear_cross_entropy(h, w, targets, weights, chunk=chunk, z_loss=z_loss, soft_cap=soft_cap)[0]
 
             def theirs(h, w, z_loss=z_loss, soft_cap=soft_cap, targets=targets, weights=weights):
                 return dense(h, w, targets, weights, z_loss, soft_cap)

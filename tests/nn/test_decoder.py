@@ -30,10 +30,15 @@ MODELS = {
     ),
     "post": Decoder(pattern=(Block(mixer=ABSOLUTE, order="post"),), norm=None, positions=SinusoidalPositions()),
     "parallel": Decoder(pattern=(Block(mixer=Attention(kv_heads=1), order="parallel"),)),
-    "window": Decoder(pattern=(Block(mixer=Attention(window=3)), Block(mixer=Attention(rope=Rope(layout="interleaved"))))),
+    "window": Decoder(
+        pattern=(Block(mixer=Attention(window=3)), Block(mixer=Attention(rope=Rope(layout="interleaved"))))
+    ),
     "capped": Decoder(pattern=(Block(mixer=Attention(qk_norm=RMSNorm(), soft_cap=2.0), mlp=None),), soft_cap=3.0),
 }
-MODELS = {name: dataclasses.replace(m, vocab=29, d_model=16, layers=2 * len(m.pattern), unroll=1) for name, m in MODELS.items()}
+MODELS = {
+    name: dataclasses.replace(m, vocab=29, d_model=16, layers=2 * len(m.pattern), unroll=1)
+    for name, m in MODELS.items()
+}
 TOKENS = jax.random.randint(jax.random.key(7), (2, 11), 0, 29)
 EVERY = pytest.mark.parametrize("name", list(MODELS))
 
@@ -195,7 +200,9 @@ def test_compute_follows_the_parameters_dtype(evidence):
 
 @evidence("D18", oracle="closed formula of the layers' widths", code="llmjax.nn.model")
 def test_num_params_is_the_closed_formula(evidence):
-    model = Decoder(vocab=100, d_model=48, layers=6, pattern=(Block(mixer=Attention(heads=6, kv_heads=2), mlp=GLU(d_ff=40)),))
+    model = Decoder(
+        vocab=100, d_model=48, layers=6, pattern=(Block(mixer=Attention(heads=6, kv_heads=2), mlp=GLU(d_ff=40)),)
+    )
     layer = 48 * 8 * (6 + 2 + 2) + 48 * 48 + 3 * 48 * 40 + 2 * 48
     evidence.record(abs(model.num_params() - (6 * layer + 2 * 100 * 48 + 48)), 0)
 

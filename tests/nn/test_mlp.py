@@ -38,9 +38,7 @@ def test_mlp_is_its_formula(evidence):
     x = jax.random.normal(jax.random.key(0), (2, 3, 4))
     config = MLP(d_ff=6, activation="relu2", bias=True)
     params = randomised(config, x)
-    up, down = (
-        {k: np.asarray(v, np.float64) for k, v in params[name].items()} for name in ("up", "down")
-    )
+    up, down = ({k: np.asarray(v, np.float64) for k, v in params[name].items()} for name in ("up", "down"))
     hidden = np.maximum(np.asarray(x, np.float64) @ up["kernel"] + up["bias"], 0) ** 2
     expected = hidden @ down["kernel"] + down["bias"]
     ours = config.build(4, 1, GPT2Init()).apply({"params": params}, x)

@@ -63,7 +63,9 @@ def test_padding_does_not_count(params, batch, evidence):
     padded = {name: jnp.pad(x, ((0, 1), (0, 5))) for name, x in batch.items()}
     gradient = jax.jit(jax.grad(lambda p, b: NextToken(chunk=7).loss(APPLY, p, b, None)[0]))
     expected = gradient(params, batch)
-    errors = jax.tree.map(lambda a, b: jnp.max(jnp.abs(a - b)) / jnp.max(jnp.abs(b)), gradient(params, padded), expected)
+    errors = jax.tree.map(
+        lambda a, b: jnp.max(jnp.abs(a - b)) / jnp.max(jnp.abs(b)), gradient(params, padded), expected
+    )
     evidence.record(max(map(float, jax.tree.leaves(errors))), 1e-5)
 
 

@@ -1,6 +1,7 @@
 """The update against plain optax and jax.grad, written out here."""
 
 import dataclasses
+import hashlib
 import math
 
 import chex
@@ -43,9 +44,9 @@ def batch_of(experiment, seed=0, ragged=True):
     }
 
 
-def build(experiment, devices=None):
+def build(experiment):
     """The step of an experiment, its plan and mesh."""
-    mesh = experiment.mesh.build(devices)
+    mesh = experiment.mesh.build()
     planned = plan(experiment.model, experiment.optimizer, experiment.train, mesh)
     apply = apply_of(experiment.model.build())
     needs = experiment.optimizer.needs_objective
@@ -54,12 +55,11 @@ def build(experiment, devices=None):
 
 def run(experiment, batch, steps=1, state=None, learning_rate=RATE):
     """State and metrics after some steps, jitted."""
-    step, planned, mesh = build(experiment)
+    step, planned, _ = build(experiment)
     state = planned.init(experiment.seed) if state is None else state
-    batch = put(batch, batch_sharding(mesh))
-    metrics = {}
+    metrics, jitted = {}, jax.jit(step)
     for index in range(steps):
-        state, metrics = jax.jit(step)(state, batch, learning_rate, index, experiment.seed)
+        state, metrics = jitted(state, batch, learning_rate, index, experiment.seed)
     return state, metrics
 
 
@@ -132,8 +132,10 @@ def test_keys_are_functions_of_seed_step_and_microbatch():
     step, planned, _ = build(experiment)
     state = planned.init(0)
 
+    jitted = jax.jit(step)
+
     def loss(index, seed):
-        return float(jax.jit(step)(state, batch, 0.0, index, seed)[1]["loss"].total)
+        return float(jitted(state, batch, 0.0, index, seed)[1]["loss"].total)
 
     assert loss(3, 1) == loss(3, 1)
     assert len({loss(3, 1), loss(4, 1), loss(3, 2)}) == 3
@@ -226,8 +228,6 @@ def test_an_optimizer_that_asks_for_the_loss_gets_it():
 
 
 def test_hash_is_over_bytes_in_path_order():
-    import hashlib
-
     tree = {"b": np.array([1.0, 2.0], np.float32), "a": {"z": np.array([3], np.int32), "c": np.array([[4.0]], np.float32)}}
     text = b"".join(x.tobytes() for x in (tree["a"]["c"], tree["a"]["z"], tree["b"]))
     assert params_sha256(tree) == hashlib.sha256(text).hexdigest()
@@ -272,7 +272,8 @@ def test_eight_devices_are_one(evidence, mesh, accumulate):
     gradients = jax.grad(lambda p: plain_loss(experiment, p, batch))(single)
     step, planned, devices = build(experiment)
     state, placed = planned.init(experiment.seed), put(batch, batch_sharding(devices))
-    chex.assert_trees_all_equal(jax.device_get(state.params), jax.device_get(single))
+    # The same draws; erfinv may differ in its last bit between compiled programs.
+    chex.assert_trees_all_close(jax.device_get(state.params), jax.device_get(single), rtol=1e-6)
     got, metrics = jax.jit(step.gradients)(state, placed, jax.random.key(0))
     assert math.isclose(float(metrics["loss"].total / metrics["loss"].count), float(expected), rel_tol=1e-6)
     evidence.record(distance(got, gradients), 1e-6)

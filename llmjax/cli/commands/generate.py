@@ -12,9 +12,7 @@ def run(arguments: Namespace) -> dict[str, Any]:
     """Continue the prompt and print it; returns prompt, text, tokens, log-probabilities and why it ended."""
     opened = open_run(arguments.run_dir, arguments.checkpoint, arguments.overrides)
     prompt = opened.experiment.generate.prompt if arguments.prompt is None else arguments.prompt
-    print(prompt, end="", flush=True)
     found = sample(opened, prompt, echo=True)
-    print()
     return {
         "prompt": prompt,
         "text": found.text,
@@ -28,8 +26,17 @@ def run(arguments: Namespace) -> dict[str, Any]:
 
 
 def sample(opened: Run, prompt: str, echo: bool = False) -> Completion:
-    """One continuation of `prompt`; with `echo` it is printed as it comes."""
-    experiment = opened.experiment
-    emit = (lambda _, piece: print(visible(piece), end="", flush=True)) if echo else None
-    config, codec = experiment.generate, opened.pipeline.tokenizer
-    return complete(config, experiment.model, opened.params, codec, [prompt], emit=emit)[0]
+    """One continuation of `prompt`; with `echo` both are printed, as the text comes."""
+    experiment, codec = opened.experiment, opened.pipeline.tokenizer
+    shown = [prompt]  # held back until the first piece, so that a prompt that does not fit leaves only its error
+
+    def emit(row: int, piece: str) -> None:
+        del row
+        print(visible("".join(shown) + piece), end="", flush=True)
+        shown.clear()
+
+    follow = emit if echo else None
+    found = complete(experiment.generate, experiment.model, opened.params, codec, [prompt], emit=follow)[0]
+    if echo:
+        print("".join(shown))
+    return found
