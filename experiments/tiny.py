@@ -2,7 +2,7 @@
 
 What:   a 2-layer decoder of width 64 on bytes, no tokenizer to train: the place to try an idea first.
 Cost:   about a minute on 2 CPU cores, 0.1M parameters.
-Expect: held-out bits per byte about 3.0 (see `Run`; 8 before training).
+Expect: held-out bits per byte 2.35 (8 before training; zlib alone needs 2.69).
 Run:    llmjax train experiments/tiny.py --run-dir=runs/tiny
         llmjax train experiments/tiny.py:windowed
 """

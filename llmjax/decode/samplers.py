@@ -109,7 +109,6 @@ def no_repeat_ngram(
     for j in range(size - 1):
         recent = jax.lax.dynamic_slice_in_dim(history, end - (size - 1) + j, 1, axis=1)
         match &= (history[:, j : j + starts] == recent) & (recent >= 0)
-    match &= jnp.arange(starts) + size <= end
     banned = mark(jnp.where(match, history[:, size - 1 :], -1), scores.shape[-1])
     return jnp.where(banned & (end >= size - 1), -jnp.inf, scores)
 

@@ -6,11 +6,11 @@ from typing import Any
 import flax.linen as nn
 import jax
 import numpy as np
-from jaxtyping import PRNGKeyArray, PyTree
+from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
 
 from llmjax.nn.model import Model, Params
 from llmjax.nn.sites import CAPTURED
-from llmjax.objectives.base import Batch
+from llmjax.objectives.base import Apply, Batch
 from llmjax.train.state import State, by_path
 from llmjax.train.step import Step, microbatches
 
@@ -37,17 +37,16 @@ def _findings(
         yield from bad(f"{step.train.precision.compute} copy of parameter", path, value, pattern)
     for name, value in batch.items():
         yield from bad("input", name, value, pattern)
+    forward, backward = forward_pass(step, module), jax.jit(step.microbatch)
     for number in range(step.train.accumulate):
         rows = {name: x[number] for name, x in microbatches(batch, step.train.accumulate).items()}
         part = jax.random.fold_in(key, number)
-        apply, passes = capturing(module)
-        loss, _ = step.objective.loss(apply, params, rows, part)
-        for sites in passes:
-            for path, layer, value in sites:
-                yield from bad("activation", path, value, pattern, layer)
+        loss, sites = forward(params, rows, part)
+        for path, layer, value in sites:
+            yield from bad("activation", path, value, pattern, layer)
         if not np.isfinite(loss):
             yield f"the loss is {loss}, though every activation is finite"
-        gradients, _ = step.microbatch(state, rows, part)
+        gradients, _ = backward(state, rows, part)
         for path, value in by_path(gradients).items():
             yield from bad("gradient of parameter", path, value, pattern)
 
@@ -69,33 +68,57 @@ Site = tuple[str, int | None, Any]
 """Path, repeat (None outside of the stack), value."""
 
 
-def capturing(module: nn.Module) -> tuple[Callable[..., Any], list[list[Site]]]:
-    """The module as objectives take it, and a list that each call adds its sites to, in forward order."""
-    passes: list[list[Site]] = []
+Order = dict[tuple[str, ...], list[str]]
+"""For each module, its sites and children as they came."""
+
+
+def forward_pass(
+    step: Step, module: nn.Module
+) -> Callable[[Params, Batch, PRNGKeyArray | None], tuple[Float[Array, ""], list[Site]]]:
+    """The objective's loss at parameters in the compute dtype, and all sites of its calls of the model, in order."""
+    orders: list[Order] = []
+
+    @jax.jit
+    def loss_and_sites(params: Params, batch: Batch, key: PRNGKeyArray | None) -> tuple[Float[Array, ""], list[PyTree]]:
+        passes: list[PyTree] = []
+        orders.clear()
+        loss, _ = step.objective.loss(capturing(module, passes, orders), params, batch, key)
+        return loss, passes
+
+    def run(params: Params, batch: Batch, key: PRNGKeyArray | None) -> tuple[Float[Array, ""], list[Site]]:
+        loss, passes = loss_and_sites(params, batch, key)
+        return loss, [site for sites, order in zip(passes, orders, strict=True) for site in forward_order(sites, order)]
+
+    return run
+
+
+def capturing(module: nn.Module, passes: list[PyTree], orders: list[Order]) -> Apply:
+    """The module as objectives take it; each call appends its sites, and the order they came in."""
 
     def apply(
         params: Params,
-        tokens: Any,
+        tokens: Int[Array, "batch length"],
         *,
-        positions: Any = None,
-        segment_ids: Any = None,
+        positions: Int[Array, "batch length"] | None = None,
+        segment_ids: Int[Array, "batch length"] | None = None,
         key: PRNGKeyArray | None = None,
         method: str = "__call__",
     ) -> Any:
-        order: dict[tuple[str, ...], list[str]] = {}
+        order: Order = {}
         rngs = None if key is None else {"dropout": key}
         arguments = (tokens, positions, segment_ids, None, key is None)
         with nn.intercept_methods(_record_order(order)):
             (output, _), captured = module.apply(
                 {"params": params}, *arguments, rngs=rngs, method=method, mutable=[CAPTURED]
             )
-        passes.append(list(_in_forward_order(captured.get(CAPTURED, {}), order)))
+        passes.append(captured.get(CAPTURED, {}))
+        orders.append(order)
         return output
 
-    return apply, passes
+    return apply
 
 
-def _record_order(order: dict[tuple[str, ...], list[str]]) -> Callable[..., Any]:
+def _record_order(order: Order) -> Callable[..., Any]:
     """Note, for each module, the order in which its sites and children came: jax sorts dictionaries on its way out."""
 
     def intercept(call: Callable[..., Any], args: Any, kwargs: Any, context: nn.module.InterceptorContext) -> Any:
@@ -107,7 +130,8 @@ def _record_order(order: dict[tuple[str, ...], list[str]]) -> Callable[..., Any]
     return intercept
 
 
-def _in_forward_order(sites: PyTree, order: dict[tuple[str, ...], list[str]]) -> Iterator[Site]:
+def forward_order(sites: PyTree, order: Order) -> Iterator[Site]:
+    """The captured sites as they came; a stack repeat by repeat."""
     for path, value in _walk(sites, order, ()):
         if isinstance(value, list):
             for repeat in range(len(value[0][1])):
@@ -116,7 +140,7 @@ def _in_forward_order(sites: PyTree, order: dict[tuple[str, ...], list[str]]) ->
             yield path, None, value
 
 
-def _walk(sites: Any, order: dict[tuple[str, ...], list[str]], path: tuple[str, ...]) -> Iterator[tuple[str, Any]]:
+def _walk(sites: Any, order: Order, path: tuple[str, ...]) -> Iterator[tuple[str, Any]]:
     """Sites by path; a stack as one entry, the list of its sites."""
     for name in sorted(sites, key=lambda n: _rank(n, order.get(path, []))):
         here, value = (*path, name), sites[name]

@@ -4,7 +4,7 @@ import json
 import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from llmjax.config import ConfigError
 
@@ -12,33 +12,33 @@ FILE = "metrics.jsonl"
 
 
 class MetricsLog:
-    """Writes a run's metrics. A line is on its way to the disk when `write` returns; `sync` waits until it is there."""
+    """Writes a run's metrics. A line is with the operating system when `write` returns."""
 
     def __init__(self, run_dir: Path, tensorboard: bool = False) -> None:
-        """Open the log of `run_dir`. Raises ConfigError where TensorBoard events are asked for but not to be had."""
-        self._dir = run_dir
-        self._tensorboard = tensorboard
+        """The log of `run_dir`; no file is touched. Raises ConfigError where TensorBoard is asked for but missing."""
+        self._path = run_dir / FILE
+        self._events = run_dir / "tensorboard"
+        self._summary_writer = _summary_writer() if tensorboard else None
         self._writer: Any = None
-        if tensorboard:
-            _summary_writer()
-        self._file = (run_dir / FILE).open("a", encoding="utf-8")
+        self._file: TextIO | None = None
 
-    def rewind(self, step: int) -> None:
-        """Drop every line after `step`, and a last line that is torn."""
-        text = (self._dir / FILE).read_bytes()
+    def open(self, step: int) -> None:
+        """Drop every line after `step`, and a last line that is torn; then go on from there."""
+        text = self._path.read_bytes() if self._path.exists() else b""
         kept = b"".join(line for line in text.splitlines(keepends=True) if _step(line) <= step)
         if kept != text:
-            self._file.close()
-            partial = self._dir / f".{FILE}.partial"
+            partial = self._path.with_name(f".{FILE}.partial")
             partial.write_bytes(kept)
-            partial.replace(self._dir / FILE)
-            self._file = (self._dir / FILE).open("a", encoding="utf-8")
-        if self._tensorboard:
-            self._writer = _summary_writer()(str(self._dir / "tensorboard"), purge_step=step + 1)
+            partial.replace(self._path)
+        self._file = self._path.open("a", encoding="utf-8")
+        if self._summary_writer is not None:
+            self._writer = self._summary_writer(str(self._events), purge_step=step + 1)
 
     def write(self, line: Mapping[str, Any]) -> None:
         """Append one line; numbers that are not finite become null. Raises OSError where the disk refuses."""
         clean = {name: _finite(value) for name, value in line.items()}
+        if self._file is None:
+            raise ValueError("the log is not open")
         self._file.write(json.dumps(clean) + "\n")
         self._file.flush()
         if self._writer is not None:
@@ -48,7 +48,8 @@ class MetricsLog:
 
     def close(self) -> None:
         """Close the files."""
-        self._file.close()
+        if self._file is not None:
+            self._file.close()
         if self._writer is not None:
             self._writer.close()
 

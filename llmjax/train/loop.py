@@ -151,7 +151,7 @@ class Trainer:
         fingerprint = self.pipeline.fingerprint
         if found is None:
             self.checkpoints.set_aside(-1)
-            self.log.rewind(0)
+            self.log.open(0)
             return Progress(fingerprint=fingerprint), self.plan.init(self.seed), -1
         progress = Progress.load(found.progress)
         if progress.fingerprint != fingerprint:
@@ -161,7 +161,7 @@ class Trainer:
             )
         state = found.state(self.plan.abstract)
         self.checkpoints.set_aside(found.step)
-        self.log.rewind(found.step)
+        self.log.open(found.step)
         self.report({"event": "resume", "step": found.step})
         return progress, state, found.step
 

@@ -41,13 +41,14 @@ def attention(
     if isinstance(local_window_size, int):
         local_window_size = (local_window_size, local_window_size)
     rule = Rule(is_causal, local_window_size)
-    ends = query_ends, key_ends = describe(query, key, segment_ids, positions)
+    ends = describe(query, key, segment_ids, positions)
     plain = bias is None and mask is None
     chosen = implementation or ("xla" if plain else "reference")
     if chosen == "xla":
         if not plain:
             raise NotImplementedError('attention "xla" takes no bias or dense mask: use "reference"')
-        return blockwise_attention(query, key, value, rule, query_ends, key_ends, scale, logits_soft_cap)
+        indexed = positions is None
+        return blockwise_attention(query, key, value, rule, ends, scale, logits_soft_cap, indexed)
     if chosen == "reference":
         seen = allowed(rule, *ends)[:, None]
         seen = seen if mask is None else seen & mask

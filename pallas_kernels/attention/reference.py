@@ -13,10 +13,12 @@ def dense_attention(
     mask: Bool[Array, "..."] | None,
     scale: float,
     soft_cap: float | None,
+    some_empty: bool = True,
 ) -> Float[Array, "batch query_length heads value_dim"]:
     """softmax(cap(q k^T scale) + bias) v; `bias` and `mask` broadcast to [batch, heads, query_length, key_length].
 
-    Scores and softmax are float32. A query that may see no key gives zeros. Vaswani et al. 2017 (1706.03762).
+    Scores and softmax are float32. A query that may see no key gives zeros; a caller who knows that there is none says so
+    with `some_empty`. Vaswani et al. 2017 (1706.03762).
     """
     batch, length, heads, head_dim = query.shape
     groups = heads // key.shape[2]
@@ -29,7 +31,7 @@ def dense_attention(
     if mask is None:
         weights = jax.nn.softmax(scores, axis=-1)
     else:
-        weights = masked_softmax(scores, by_group(mask, groups))
+        weights = masked_softmax(scores, by_group(mask, groups), some_empty)
     out = jnp.einsum("bkgls,bskd->blkgd", weights.astype(value.dtype), value)
     return out.reshape(batch, length, heads, value.shape[-1])
 
@@ -42,10 +44,9 @@ def by_group(x: Array, groups: int) -> Array:
     return x.reshape(x.shape[0], *split, *x.shape[2:])
 
 
-def masked_softmax(scores: Float[Array, "... keys"], mask: Bool[Array, "... keys"]) -> Float[Array, "... keys"]:
+def masked_softmax(
+    scores: Float[Array, "... keys"], mask: Bool[Array, "... keys"], some_empty: bool
+) -> Float[Array, "... keys"]:
     """Softmax over the keys where `mask` is true; all zeros where it is nowhere true."""
-    lowest = jnp.finfo(scores.dtype).min
-    top = jax.lax.stop_gradient(jnp.max(scores, axis=-1, keepdims=True, where=mask, initial=lowest))
-    exponentials = jnp.where(mask, jnp.exp(jnp.where(mask, scores - top, 0.0)), 0.0)
-    total = jnp.sum(exponentials, axis=-1, keepdims=True)
-    return exponentials / jnp.where(total == 0, 1.0, total)
+    weights = jax.nn.softmax(jnp.where(mask, scores, jnp.finfo(scores.dtype).min), axis=-1)
+    return jnp.where(jnp.any(mask, axis=-1, keepdims=True), weights, 0.0) if some_empty else weights

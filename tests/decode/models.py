@@ -38,7 +38,7 @@ MODELS = {
 
 
 def params_of(model, seed=0):
-    return model.init(jax.random.key(seed))
+    return jax.jit(model.init)(jax.random.key(seed))
 
 
 @functools.partial(jax.jit, static_argnums=0)

@@ -9,7 +9,9 @@ import numpy as np
 import pytest
 
 from pallas_kernels import attention
-from pallas_kernels.attention.xla import blockwise_attention
+from pallas_kernels.attention.api import describe
+from pallas_kernels.attention.mask import Rule
+from pallas_kernels.attention.xla import long_attention
 from tests.evidence import evidence
 
 TOLERANCE = 2e-6  # float32 rounding of sums over at most 24 keys of size about 1
@@ -82,20 +84,30 @@ def test_packed_equals_separate(implementation, evidence):
 @evidence("C02", oracle="jax.nn.dot_product_attention, output and gradients", code="pallas_kernels.attention.xla")
 @pytest.mark.parametrize("block", [4, 5, 24], ids=["divides", "ragged", "whole"])
 def test_blocks_change_nothing(block, evidence):
-    from pallas_kernels.attention.api import describe
-    from pallas_kernels.attention.mask import Rule
-
     q, k, v = inputs(length=12)
     ends = describe(q, k, None, None)
 
     def ours(q, k, v):
-        return jnp.sum(jnp.sin(blockwise_attention(q, k, v, Rule(True, None), *ends, 8**-0.5, None, block)))
+        return jnp.sum(jnp.sin(long_attention(q, k, v, Rule(True, None), ends, 8**-0.5, None, block)))
 
     def theirs(q, k, v):
         return jnp.sum(jnp.sin(jax.nn.dot_product_attention(q, k, v, is_causal=True)))
 
     got, expected = (jax.grad(f, argnums=(0, 1, 2))(q, k, v) for f in (ours, theirs))
     evidence.record(max(map(worst, got, expected)), 5e-6)
+
+
+@evidence("C02", oracle="jax.nn.dot_product_attention, gradients", code="pallas_kernels.attention.xla")
+@pytest.mark.parametrize("length", [3, 12, 13])
+@pytest.mark.parametrize("window", [None, (2, 0), (1, 3)])
+def test_skipped_keys_are_those_out_of_reach(length, window, evidence):
+    q, k, v = inputs(length=length)
+
+    def gradients(f):
+        run = lambda q, k, v: jnp.sum(jnp.sin(f(q, k, v, is_causal=window != (1, 3), local_window_size=window)))
+        return jax.jit(jax.grad(run, argnums=(0, 1, 2)))(q, k, v)
+
+    evidence.record(max(map(worst, gradients(attention), gradients(jax.nn.dot_product_attention))), 5e-6)
 
 
 def test_memory_grows_linearly_in_length():

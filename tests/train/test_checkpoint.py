@@ -168,7 +168,11 @@ def test_the_state_may_be_donated_while_it_is_being_written(tmp_path):
 @pytest.mark.devices(8)
 @pytest.mark.parametrize(
     ("before", "after"),
-    [(MeshConfig(), MeshConfig(fsdp=8)), (MeshConfig(fsdp=8), MeshConfig()), (MeshConfig(fsdp=8), MeshConfig(data=2, fsdp=2))],
+    [
+        (MeshConfig(), MeshConfig(fsdp=8)),
+        (MeshConfig(fsdp=8), MeshConfig()),
+        (MeshConfig(fsdp=8), MeshConfig(data=2, fsdp=2)),
+    ],
     ids=["1-to-8", "8-to-1", "8-to-4"],
 )
 def test_a_checkpoint_fits_any_number_of_devices(tmp_path, before, after):
@@ -177,7 +181,9 @@ def test_a_checkpoint_fits_any_number_of_devices(tmp_path, before, after):
     target = planned(mesh=after)
     restored = checkpoint.newest(tmp_path, pytest.fail).state(target.abstract)
     chex.assert_trees_all_equal(jax.device_get(restored), jax.device_get(state_of(plans, 1)))
-    assert jax.tree.all(jax.tree.map(lambda x, t: x.sharding.is_equivalent_to(t.sharding, x.ndim), restored, target.abstract))
+    assert jax.tree.all(
+        jax.tree.map(lambda x, t: x.sharding.is_equivalent_to(t.sharding, x.ndim), restored, target.abstract)
+    )
 
 
 @pytest.mark.parametrize(
@@ -221,11 +227,8 @@ def test_a_full_disk_is_one_line_and_leaves_nothing_behind(tmp_path, monkeypatch
         monkeypatch.setattr(checkpoint, "seal", failure)
     else:
         monkeypatch.setattr(ocp.AsyncCheckpointer, "save", failure)
-    writer = Writer(tmp_path, 2, 0)
     with pytest.raises(RunError, match=r"^the disk is full: [^\n]*last complete checkpoint is step 1\)[^\n]*$"):
-        writer.save(2, state_of(plans, 2), {}, None)
-        writer.wait()
-    writer.close()
+        write(tmp_path, plans, 2)
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["00000001"]
 
 

@@ -15,6 +15,7 @@ from tests.evidence import evidence
 def written(folder, steps):
     """A log with a line at each step."""
     log = MetricsLog(folder)
+    log.open(0)
     for step in steps:
         log.write({"step": step, "loss": 1.0 / 3.0 * step})
     log.close()
@@ -27,6 +28,7 @@ def test_lines_come_back_exactly(tmp_path):
 
 def test_what_is_not_finite_is_null(tmp_path):
     log = MetricsLog(tmp_path)
+    log.open(0)
     log.write({"step": 1, "loss": math.nan, "nll": math.inf, "mfu": None})
     log.close()
     line = (tmp_path / FILE).read_text()
@@ -40,7 +42,7 @@ def test_a_torn_last_line_is_no_line(tmp_path, torn):
         file.write(torn)
     assert [line["step"] for line in read_metrics(tmp_path)] == [1, 2, 3]
     log = MetricsLog(tmp_path)
-    log.rewind(3)
+    log.open(3)
     log.write({"step": 4})
     log.close()
     assert [json.loads(line)["step"] for line in (tmp_path / FILE).read_text().splitlines()] == [1, 2, 3, 4]
@@ -50,7 +52,7 @@ def test_rewinding_drops_later_lines_only(tmp_path):
     written(tmp_path, [2, 4, 6, 8])
     before = (tmp_path / FILE).read_bytes().splitlines(keepends=True)
     log = MetricsLog(tmp_path)
-    log.rewind(5)
+    log.open(5)
     log.close()
     assert (tmp_path / FILE).read_bytes() == b"".join(before[:2])
 
@@ -77,7 +79,7 @@ def test_tensorboard_gets_the_same_numbers(evidence, tmp_path, monkeypatch):
     fake.SummaryWriter = SummaryWriter
     monkeypatch.setitem(sys.modules, "tensorboardX", fake)
     log = MetricsLog(tmp_path, tensorboard=True)
-    log.rewind(4)
+    log.open(4)
     log.write({"step": 5, "loss": 0.5, "skipped": 0, "nll": math.nan})
     log.close()
     assert opened == [(str(tmp_path / "tensorboard"), 5), "closed"]

@@ -73,7 +73,9 @@ def plain_loss(experiment, params, batch):
 
 def distance(a, b):
     """Largest absolute difference between two trees of arrays."""
-    return max(float(np.max(np.abs(np.asarray(x) - np.asarray(y)))) for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b)))
+    return max(
+        float(np.max(np.abs(np.asarray(x) - np.asarray(y)))) for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b))
+    )
 
 
 @evidence("E13", oracle="jax.grad and optax.adamw written out", code="llmjax.train.step.Step")
@@ -197,13 +199,12 @@ def test_an_overflowing_loss_scale_backs_off_until_the_step_succeeds():
 
 
 def test_half_precision_gradients_are_near_those_of_float32():
-    exact, _ = run(tiny(), batch_of(tiny()), learning_rate=0.0)
+    exact = build(tiny())[1].init(0)
+    batch = batch_of(tiny())
+    whole = jax.grad(lambda p: plain_loss(tiny(), p, batch))(exact.params)
     for precision in (Precision("bfloat16"), Precision("float16", loss_scale=Dynamic(scale=1024.0))):
-        experiment = tiny(precision=precision)
-        step, planned, _ = build(experiment)
-        state = planned.init(0)
-        gradients, _ = jax.jit(step.gradients)(state, batch_of(experiment), jax.random.key(0))
-        whole = jax.grad(lambda p: plain_loss(experiment, p, batch_of(experiment)))(exact.params)
+        step, planned, _ = build(tiny(precision=precision))
+        gradients, _ = jax.jit(step.gradients)(planned.init(0), batch, jax.random.key(0))
         assert {str(g.dtype) for g in jax.tree.leaves(gradients)} == {"float32"}
         norm = optax.tree.norm(jax.tree.map(jnp.subtract, gradients, whole)) / optax.tree.norm(whole)
         # An ulp of bfloat16 is 2^-8; a few layers of rounding add up to a few of them.
@@ -228,7 +229,10 @@ def test_an_optimizer_that_asks_for_the_loss_gets_it():
 
 
 def test_hash_is_over_bytes_in_path_order():
-    tree = {"b": np.array([1.0, 2.0], np.float32), "a": {"z": np.array([3], np.int32), "c": np.array([[4.0]], np.float32)}}
+    tree = {
+        "b": np.array([1.0, 2.0], np.float32),
+        "a": {"z": np.array([3], np.int32), "c": np.array([[4.0]], np.float32)},
+    }
     text = b"".join(x.tobytes() for x in (tree["a"]["c"], tree["a"]["z"], tree["b"]))
     assert params_sha256(tree) == hashlib.sha256(text).hexdigest()
 

@@ -31,9 +31,7 @@ def tiny(changes: dict[str, Any] | None = None, **train: Any) -> Experiment:
     experiment = Experiment(
         name="tiny",
         model=Decoder(vocab=257, d_model=32, layers=2, pattern=(Block(mixer=Attention(heads=2), mlp=GLU()),)),
-        data=Data(
-            source=InMemory(texts=texts()), tokenizer=Bytes(), packing=ConcatAndSplit(), length=16, batch_size=8
-        ),
+        data=Data(source=InMemory(texts=texts()), tokenizer=Bytes(), packing=ConcatAndSplit(), length=16, batch_size=8),
         objective=NextToken(chunk=None),
         optimizer=AdamW(schedule=Cosine(learning_rate=3e-3, warmup=2)),
         train=dataclasses.replace(Train(), **(defaults | train)),

@@ -1,0 +1,34 @@
+"""A training process for test_resume to kill: `python -m tests.train.killed RUN_DIR`."""
+
+import dataclasses
+import sys
+import time
+from typing import Any
+
+from llmjax.experiment import Experiment
+from llmjax.train.ema import Ema
+from llmjax.train.loop import fit
+from tests.train.tiny import tiny
+
+
+def experiment(**train: Any) -> Experiment:
+    """Dropout, accumulation and an average, so that keys, order and every part of the state matter."""
+    changes = {"model.dropout": 0.1}
+    settings = {"accumulate": 2, "log_every": 3, "eval_every": 8, "checkpoint_every": 4, "keep_last": 2}
+    return tiny(changes, ema=Ema(decay=0.9), **(settings | train))
+
+
+def long() -> Experiment:
+    """Half a minute of it."""
+    return experiment(steps=320, eval_every=64, checkpoint_every=16)
+
+
+def slowly(event: dict[str, Any]) -> None:
+    """Tell what happens, and give the killer time."""
+    print({name: event[name] for name in ("event", "step", "stopped") if name in event}, flush=True)
+    if event["event"] == "log":
+        time.sleep(0.05)
+
+
+if __name__ == "__main__":
+    fit(dataclasses.replace(long(), name="killed"), sys.argv[1], report=slowly)
