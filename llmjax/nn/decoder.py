@@ -181,17 +181,18 @@ class Repeat(nn.Module):
 
 def scanned(config: Decoder) -> Callable[..., nn.Module]:
     """`Repeat`, rematerialised by name and scanned over its stacked parameters, sites and states."""
-    body = Repeat
+    body, repeats = Repeat, config.layers // len(config.pattern)
     if config.remat != "none":
         policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable if config.remat == "dots" else None
-        body = nn.remat(Repeat, policy=policy, prevent_cse=False)
+        # Inside a loop nothing can be merged with the forward pass; laid out, it would be, and nothing saved.
+        body = nn.remat(Repeat, policy=policy, prevent_cse=config.unroll > 1)
     return nn.scan(
         body,
         variable_axes={True: 0},
         split_rngs={True: True},
         in_axes=(nn.broadcast, 0),
-        length=config.layers // len(config.pattern),
-        unroll=min(config.unroll, config.layers // len(config.pattern)),
+        length=repeats,
+        unroll=min(config.unroll, repeats),
         metadata_params={nn.PARTITION_NAME: "layers"},
     )
 

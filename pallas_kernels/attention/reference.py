@@ -17,8 +17,8 @@ def dense_attention(
 ) -> Float[Array, "batch query_length heads value_dim"]:
     """softmax(cap(q k^T scale) + bias) v; `bias` and `mask` broadcast to [batch, heads, query_length, key_length].
 
-    Scores and softmax are float32. A query that may see no key gives zeros; a caller who knows that there is none says so
-    with `some_empty`. Vaswani et al. 2017 (1706.03762).
+    Scores and softmax are float32. A query that may see no key gives zeros; a caller who knows that there is none says
+    so with `some_empty`. Vaswani et al. 2017 (1706.03762).
     """
     batch, length, heads, head_dim = query.shape
     groups = heads // key.shape[2]

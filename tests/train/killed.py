@@ -1,6 +1,5 @@
 """A training process for test_resume to kill: `python -m tests.train.killed RUN_DIR`."""
 
-import dataclasses
 import sys
 import time
 from typing import Any
@@ -19,16 +18,16 @@ def experiment(**train: Any) -> Experiment:
 
 
 def long() -> Experiment:
-    """Half a minute of it."""
-    return experiment(steps=320, eval_every=64, checkpoint_every=16)
+    """Some twenty seconds of it, at the pace of `slowly`."""
+    return experiment(steps=480, eval_every=96, checkpoint_every=16)
 
 
 def slowly(event: dict[str, Any]) -> None:
     """Tell what happens, and give the killer time."""
     print({name: event[name] for name in ("event", "step", "stopped") if name in event}, flush=True)
     if event["event"] == "log":
-        time.sleep(0.05)
+        time.sleep(0.1)
 
 
 if __name__ == "__main__":
-    fit(dataclasses.replace(long(), name="killed"), sys.argv[1], report=slowly)
+    fit(long(), sys.argv[1], report=slowly)

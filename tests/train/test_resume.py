@@ -104,17 +104,19 @@ def test_killed_runs_end_like_the_uninterrupted_one(evidence, tmp_path):
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     fit(config, whole)
     draw, during_save, resumed = random.Random(0), 0, set()
+    startup = 0.0
     for number in range(KILLS):
-        process = start(killed)
+        process, begin = start(killed), time.monotonic()
         before = checkpoint.steps(killed)
         if number % 3 == 0 and during_save < KILLS_DURING_SAVE:
             # A sweep at the start may show a leftover: wait until this process has written a checkpoint.
             written = newer_than(killed, before)
             assert wait_for(written, process), process.communicate()[0]
+            startup = startup or time.monotonic() - begin
             assert wait_for(lambda: saving(killed), process), process.communicate()[0]
             time.sleep(draw.uniform(0, 0.02))
         else:
-            time.sleep(draw.uniform(0.5, 8.0))
+            time.sleep(draw.uniform(0.3 * startup, startup + 1.5))
         process.kill()
         output = process.communicate()[0]
         assert process.returncode == -signal.SIGKILL, output
