@@ -1,8 +1,6 @@
 """`python -m llmjax` is the `llmjax` command."""
 
-import sys
-
-from llmjax.cli import main
+from llmjax.cli.program import run
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run()

@@ -13,6 +13,8 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from llmjax.config import InputError
+
 AXES = ("data", "fsdp", "stage", "context", "expert", "tensor")
 
 RULES: tuple[tuple[str, str | tuple[str, ...] | None], ...] = (
@@ -56,7 +58,7 @@ class MeshConfig:
                 yield name, "must be at least 1" + (", or 0 for all devices left" if name == "data" else "")
 
     def build(self, devices: Sequence[jax.Device] | None = None) -> Mesh:
-        """The mesh over the first devices; raises ValueError where there are too few."""
+        """The mesh over the first devices; raises InputError where there are too few."""
         devices = jax.devices() if devices is None else devices
         sizes = [getattr(self, name) for name in AXES]
         others = math.prod(sizes[1:])
@@ -64,7 +66,7 @@ class MeshConfig:
         count = math.prod(sizes)
         if count > len(devices):
             wanted = " x ".join(f"{name}={n}" for name, n in zip(AXES, sizes, strict=True) if n > 1)
-            raise ValueError(f"mesh {wanted} needs {count} devices, there are {len(devices)}")
+            raise InputError(f"mesh {wanted} needs {count} devices, there are {len(devices)}")
         return Mesh(np.asarray(devices[:count]).reshape(sizes), AXES)
 
 

@@ -11,12 +11,14 @@ orbax restores flipped bits without a word.
 """
 
 import contextlib
+import errno
 import hashlib
 import json
+import logging
 import os
 import shutil
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -105,7 +107,7 @@ def best(run_dir: str | Path, warn: Warn) -> Checkpoint | None:
     return min(measured, key=lambda c: c.val_loss, default=intact[0] if intact else None)
 
 
-def _intact(run_dir: str | Path, warn: Warn) -> Any:
+def _intact(run_dir: str | Path, warn: Warn) -> Iterator[Checkpoint]:
     for step in reversed(steps(run_dir)):
         path = place(run_dir, step)
         try:
@@ -179,6 +181,7 @@ class Writer:
         items = {"params": ocp.args.StandardSave(state.params), "state": ocp.args.StandardSave(rest)}
         with self._failing_clearly(partial):
             shutil.rmtree(partial, ignore_errors=True)
+            _need_space(self._folder, sum(x.nbytes for x in jax.tree.leaves(state)))
             partial.mkdir()
             self._orbax.save(partial / ARRAYS, args=ocp.args.Composite(**items))
         self._thread = threading.Thread(target=self._finish, args=(partial, target, meta), name="checkpoint")
@@ -209,7 +212,8 @@ class Writer:
     def _finish(self, partial: Path, target: Path, meta: dict[str, Any]) -> None:
         try:
             with self._failing_clearly(partial):
-                self._orbax.wait_until_finished()
+                with _quiet():
+                    self._orbax.wait_until_finished()
                 seal(partial, meta)
                 _remove(target)
                 partial.rename(target)
@@ -219,7 +223,7 @@ class Writer:
             self._error = error
 
     @contextlib.contextmanager
-    def _failing_clearly(self, partial: Path) -> Any:
+    def _failing_clearly(self, partial: Path) -> Iterator[None]:
         """A full disk becomes one line; whatever fails, nothing half-written stays."""
         try:
             yield
@@ -251,6 +255,25 @@ def seal(folder: Path, meta: dict[str, Any]) -> None:
     (folder / MANIFEST).write_text(json.dumps(manifest, indent=1))
     for path in [*files, folder / MANIFEST, *(path for path in folder.rglob("*") if path.is_dir()), folder]:
         _sync(path)
+
+
+def _need_space(folder: Path, size: int) -> None:
+    """Raise OSError where the disk has no room for `size` bytes: before orbax finds out, which is noisy."""
+    free = shutil.disk_usage(folder).free
+    if free < size:
+        raise OSError(errno.ENOSPC, f"a checkpoint takes {size / 1e6:.1f} MB and {free / 1e6:.1f} MB are free")
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep orbax's threads from printing the error that is about to be raised."""
+    logger = logging.getLogger("absl")
+    level = logger.level
+    logger.setLevel(logging.CRITICAL + 1)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 def _val_loss(path: Path) -> float | None:

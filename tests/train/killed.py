@@ -1,5 +1,6 @@
-"""A training process for test_resume to kill: `python -m tests.train.killed RUN_DIR`."""
+"""A training process for test_resume to kill: `python -m tests.train.killed RUN_DIR SECONDS_A_LINE`."""
 
+import functools
 import sys
 import time
 from typing import Any
@@ -18,16 +19,16 @@ def experiment(**train: Any) -> Experiment:
 
 
 def long() -> Experiment:
-    """Some twenty seconds of it, at the pace of `slowly`."""
-    return experiment(steps=480, eval_every=96, checkpoint_every=16)
+    """A minute of it at a tenth of a second a line."""
+    return experiment(steps=1600, eval_every=160, checkpoint_every=16)
 
 
-def slowly(event: dict[str, Any]) -> None:
+def told(event: dict[str, Any], pause: float) -> None:
     """Tell what happens, and give the killer time."""
     print({name: event[name] for name in ("event", "step", "stopped") if name in event}, flush=True)
     if event["event"] == "log":
-        time.sleep(0.1)
+        time.sleep(pause)
 
 
 if __name__ == "__main__":
-    fit(long(), sys.argv[1], report=slowly)
+    fit(long(), sys.argv[1], report=functools.partial(told, pause=float(sys.argv[2])))

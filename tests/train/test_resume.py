@@ -71,9 +71,9 @@ def test_two_runs_are_bitwise_equal(tmp_path):
     assert_same_run(config, tmp_path / "one", tmp_path / "two")
 
 
-def start(run_dir):
-    """A training process."""
-    command = [sys.executable, "-m", "tests.train.killed", str(run_dir)]
+def start(run_dir, pause=0.1):
+    """A training process that rests after each line it logs."""
+    command = [sys.executable, "-m", "tests.train.killed", str(run_dir), str(pause)]
     return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
@@ -125,7 +125,7 @@ def test_killed_runs_end_like_the_uninterrupted_one(evidence, tmp_path):
         assert "warning" not in output, output
     assert during_save >= 3
     assert len(resumed) > 3, "the kills were not spread over the run"
-    process = start(killed)
+    process = start(killed, pause=0)
     output = process.communicate(timeout=200)[0]
     assert process.returncode == 0, output
     assert_same_run(config, killed, whole)
