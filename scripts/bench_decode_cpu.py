@@ -27,9 +27,14 @@ def ours(prompt: list[int], tokens: int) -> Callable[[], int]:
     """A function that generates `tokens` tokens with llmjax and returns how many it made."""
     block = Block(Attention(heads=HEADS, rope=None, bias=True, out_bias=True), MLP(bias=True), LayerNorm())
     model = Decoder(
-        vocab=VOCAB, d_model=WIDTH, layers=LAYERS, pattern=(block,), norm=LayerNorm(),
-        positions=LearnedPositions(POSITIONS), tied=True,
-    )  # fmt: skip
+        vocab=VOCAB,
+        d_model=WIDTH,
+        layers=LAYERS,
+        pattern=(block,),
+        norm=LayerNorm(),
+        positions=LearnedPositions(POSITIONS),
+        tied=True,
+    )
     params = model.init(jax.random.key(0))
     config = Generate(max_tokens=tokens, temperature=0.0)
     return lambda: int(generate(config, model, params, [prompt]).lengths[0])

@@ -27,6 +27,8 @@ SUITES = ("slow", "parity", "hardware", "multiprocess", "matrix")
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(ROOT / ".cache" / "jax"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
+# What tests cost is compiling, and what they compile runs for milliseconds: LLVM need not optimise it.
+os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true")
 # A CPU multiplies float32 in float32 anyway; what is compiled for absent TPUs must keep the chip's own default.
 if os.environ["JAX_PLATFORMS"] != "cpu":
     os.environ.setdefault("JAX_DEFAULT_MATMUL_PRECISION", "float32")

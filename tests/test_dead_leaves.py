@@ -212,16 +212,17 @@ def observer(tmp_path_factory):
     return Observer(tmp_path_factory.mktemp("observed"))
 
 
-ROOMS = ("seed", "model.", "data.", "objective.", "optimizer.", "train.", "mesh.", "generate.")
+QUICK = ("seed", "model.", "data.", "objective.", "optimizer.", "mesh.")
+DEAR = ("train.", "generate.")
 
 
 def test_every_leaf_of_the_base_is_in_a_room():
-    rooms = (*ROOMS, *EXEMPT)
+    rooms = (*QUICK, *DEAR, *EXEMPT)
     assert [p for p in leaves(base()) if not p.startswith(rooms)] == []
     assert set(EXEMPT) <= set(leaves(base()))
 
 
-@pytest.mark.parametrize("room", ROOMS)
+@pytest.mark.parametrize("room", [*QUICK, *(pytest.param(room, marks=pytest.mark.matrix) for room in DEAR)])
 def test_every_leaf_of_the_base_is_alive(observer, room):
     assert dead(observer, base(), room) == []
 
@@ -243,7 +244,7 @@ def swaps() -> dict[str, tuple[str, Any]]:
     return rest | {"positions Sinusoidal": ("model.positions", SinusoidalPositions())}
 
 
-@pytest.mark.slow
+@pytest.mark.matrix
 @pytest.mark.parametrize("name", list(swaps()))
 def test_every_leaf_of_the_other_components_is_alive(observer, name):
     path, part = swaps()[name]

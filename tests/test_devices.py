@@ -1,4 +1,4 @@
-"""The `devices` marker: a test sees the number of CPU devices it asks for, whatever ran before it in the same process."""
+"""The `devices` marker: a test sees as many CPU devices as it asks for, whatever ran before it in the same process."""
 
 import jax
 import jax.numpy as jnp

@@ -1,6 +1,8 @@
 """The one projection that all modules are made of: y = x W + b over named axes."""
 
+import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import flax.linen as nn
@@ -29,8 +31,7 @@ class Linear(nn.Module):
         """Project; raises TypeError (from XLA) where the last axes of `x` are not `inputs`."""
         kernel = parameter(self, "kernel", self.initial, self.inputs + self.outputs, self.axes)
         count = len(self.inputs)
-        contract = (tuple(range(x.ndim - count, x.ndim)), tuple(range(count)))
-        y = jax.lax.dot_general(x, kernel, (contract, ((), ())))
+        y = jax.lax.platform_dependent(x, kernel, cpu=partial(flat_product, count), default=partial(product, count))
         if self.bias:
             y = y + parameter(self, "bias", jax.nn.initializers.zeros, self.outputs, self.axes[count:])
         return y
@@ -42,3 +43,20 @@ def parameter(
     """Declare a float32 parameter with logical axis names, or return the value that the caller passed in."""
     boxed: Callable[..., Any] = nn.with_logical_partitioning(init, axes)
     return module.param(name, boxed, shape, jnp.float32)
+
+
+def product(count: int, x: Float[Array, "..."], kernel: Float[Array, "..."]) -> Float[Array, "..."]:
+    """Contract the last `count` axes of `x` with the first of `kernel`."""
+    return jnp.tensordot(x, kernel, axes=count)
+
+
+def flat_product(count: int, x: Float[Array, "..."], kernel: Float[Array, "..."]) -> Float[Array, "..."]:
+    """The same as one product of two matrices.
+
+    XLA on CPU copies an operand whose rows are spread over several axes, a seventh of a training step. Elsewhere the
+    axes stay apart: merging a sharded length into a sharded batch would gather it.
+    """
+    lead, outputs = x.shape[: x.ndim - count], kernel.shape[count:]
+    inner = math.prod(kernel.shape[:count])
+    y = x.reshape(math.prod(lead), inner) @ kernel.reshape(inner, math.prod(outputs))
+    return y.reshape(*lead, *outputs)

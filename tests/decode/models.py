@@ -32,9 +32,11 @@ MODELS = {
     "scanned": decoder(Attention(heads=2), layers=3, unroll=1),
     "learned": decoder(
         pattern=(Block(Attention(heads=2, rope=None, bias=True, out_bias=True), MLP(bias=True), LayerNorm()),),
-        norm=LayerNorm(), positions=LearnedPositions(48), tied=True,
+        norm=LayerNorm(),
+        positions=LearnedPositions(48),
+        tied=True,
     ),
-}  # fmt: skip
+}
 
 
 def params_of(model, seed=0):

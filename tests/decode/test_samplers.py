@@ -105,9 +105,17 @@ def test_order_of_processors_live(evidence):
     torch.manual_seed(0)
     prompt = torch.randint(1, 97, (1, 20))
     made = model.generate(
-        prompt, attention_mask=torch.ones_like(prompt), do_sample=True, max_new_tokens=6, min_new_tokens=6,
-        no_repeat_ngram_size=2, output_scores=True, output_logits=True, return_dict_in_generate=True, **settings,
-    )  # fmt: skip
+        prompt,
+        attention_mask=torch.ones_like(prompt),
+        do_sample=True,
+        max_new_tokens=6,
+        min_new_tokens=6,
+        no_repeat_ngram_size=2,
+        output_scores=True,
+        output_logits=True,
+        return_dict_in_generate=True,
+        **settings,
+    )
     config = Generate(max_tokens=6, min_tokens=6, no_repeat_ngram=2, **settings)
     for step, (logits, scores) in enumerate(zip(made.logits, made.scores, strict=True)):
         history = made.sequences[:, : 20 + step].numpy()

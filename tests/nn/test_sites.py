@@ -77,7 +77,8 @@ def test_gradient_through_a_site_is_the_finite_difference(params):
     direction = jax.random.normal(jax.random.key(2), start.shape)
     step = 1e-2
     difference = (loss(step * direction) - loss(-step * direction)) / (2 * step)
-    np.testing.assert_allclose(jnp.vdot(gradient, direction), difference, rtol=2e-3)
+    # Of a central difference in float32, truncation and rounding are each below half a percent here.
+    np.testing.assert_allclose(jnp.vdot(gradient, direction), difference, rtol=1e-2)
 
 
 def test_stop_cuts_the_gradient_and_not_the_value(params):
