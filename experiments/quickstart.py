@@ -2,8 +2,9 @@
 
 What:   a 6-layer LLaMA-shaped decoder with a 2048-token BPE, trained by Muon on the topics of Python's built-in help;
         whole topics are held out, and paragraphs that also stand in one of them are left out of training.
-Cost:   under 4 minutes on 2 CPU cores.
-Expect: held-out bits per byte below 2.10, beside zlib, bz2 and xz on the same bytes.
+Cost:   400 steps in two and a half minutes on 2 CPU cores.
+Expect: held-out bits per byte 1.77 (1.90 after 100 steps), where xz reaches 2.59 on the same bytes and 1.97 given the
+        training text. The training loss falls to half of the held-out one: 410 kB are soon known by heart.
 Run:    llmjax train experiments/quickstart.py --run-dir=runs/quickstart
         llmjax generate runs/quickstart --prompt='The for statement is used to'
 """
