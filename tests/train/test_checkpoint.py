@@ -20,7 +20,7 @@ from llmjax.train.ema import Ema
 from llmjax.train.errors import RunError
 from llmjax.train.state import plan
 from tests.evidence import evidence
-from tests.train.tiny import tiny
+from tests.train.tiny import differing, tiny
 
 
 def planned(changes=None, mesh=None, **train):
@@ -65,8 +65,7 @@ def test_round_trip(evidence, tmp_path):
     assert (found.step, found.progress, found.val_loss) == (7, {"number": 7}, None)
     restored = found.state(plans.abstract)
     chex.assert_trees_all_equal_shapes_and_dtypes(restored, plans.abstract)
-    chex.assert_trees_all_equal(restored, state_of(plans, 7))
-    evidence.record(0, 0)
+    evidence.record(differing(restored, state_of(plans, 7)), 0)
 
 
 @evidence("E55", oracle="orbax StandardCheckpointer", code="llmjax.train.checkpoint")

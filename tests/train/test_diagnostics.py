@@ -56,8 +56,7 @@ def put(path, index, value):
 def test_the_first_bad_value_is_named(evidence, path, index, value, expected):
     experiment = tiny()
     found = diagnosis(experiment, put(path, index, value))
-    assert expected in found, found
-    evidence.record(0, 0)
+    evidence.record(expected not in found, 0)
 
 
 def test_a_bad_batch_is_named():

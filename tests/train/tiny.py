@@ -4,6 +4,9 @@ import dataclasses
 import random
 from typing import Any
 
+import jax
+import numpy as np
+
 from llmjax.config import with_
 from llmjax.data import Bytes, ConcatAndSplit, Data, InMemory
 from llmjax.experiment import Experiment
@@ -39,3 +42,14 @@ def tiny(changes: dict[str, Any] | None = None, **train: Any) -> Experiment:
     for path, value in (changes or {}).items():
         experiment = with_(experiment, path, value)
     return experiment
+
+
+def differing(one: Any, other: Any) -> int:
+    """Number of bytes in which two trees of arrays of the same structure differ."""
+    counts = jax.tree.map(lambda a, b: np.sum(bytes_of(a) != bytes_of(b)), one, other)
+    return int(sum(jax.tree.leaves(counts)))
+
+
+def bytes_of(array: Any) -> np.ndarray:
+    """An array's memory."""
+    return np.frombuffer(np.asarray(array).tobytes(), np.uint8)
