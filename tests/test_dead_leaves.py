@@ -212,8 +212,8 @@ def observer(tmp_path_factory):
     return Observer(tmp_path_factory.mktemp("observed"))
 
 
-QUICK = ("seed", "model.", "data.", "objective.", "optimizer.", "mesh.")
-DEAR = ("train.", "generate.")
+QUICK = ("seed", "data.")
+DEAR = ("model.", "objective.", "optimizer.", "train.", "mesh.", "generate.")
 
 
 def test_every_leaf_of_the_base_is_in_a_room():
@@ -257,6 +257,7 @@ def test_every_packing_and_initializer_is_swept():
     assert set(subclasses(Packing)) == {ConcatAndSplit.__name__, FirstFit.__name__, Padded.__name__}
 
 
+@pytest.mark.matrix
 def test_a_dead_leaf_is_found(observer):
     """The test can fail: a config with a leaf that nobody reads is caught."""
 
