@@ -47,7 +47,7 @@ class Decoder(Model):
     remat: Literal["none", "full", "dots"] = "none"
     """what the backward pass recomputes: nothing, all but block inputs, or all but products with weights"""
     unroll: int = 8
-    """repeats of the pattern laid out in one step of the scan: short stacks run faster on CPU fully unrolled"""
+    """repeats laid out in one step of the scan: short stacks run faster on CPU fully unrolled; 1 where remat is on"""
 
     def build(self) -> nn.Module:
         """The Linen module of this config."""
@@ -184,15 +184,15 @@ def scanned(config: Decoder) -> Callable[..., nn.Module]:
     body, repeats = Repeat, config.layers // len(config.pattern)
     if config.remat != "none":
         policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable if config.remat == "dots" else None
-        # Inside a loop nothing can be merged with the forward pass; laid out, it would be, and nothing saved.
-        body = nn.remat(Repeat, policy=policy, prevent_cse=config.unroll > 1)
+        body = nn.remat(Repeat, policy=policy, prevent_cse=False)
     return nn.scan(
         body,
         variable_axes={True: 0},
         split_rngs={True: True},
         in_axes=(nn.broadcast, 0),
         length=repeats,
-        unroll=min(config.unroll, repeats),
+        # Laid out, XLA on CPU would merge what is recomputed with the forward pass again, and nothing would be saved.
+        unroll=min(config.unroll, repeats) if config.remat == "none" else 1,
         metadata_params={nn.PARTITION_NAME: "layers"},
     )
 

@@ -123,7 +123,7 @@ def test_unrolling_and_remat_change_no_bit_of_the_layout_and_no_value(name):
 @evidence("E46", oracle="compiled memory_analysis", code="llmjax.nn.decoder")
 def test_remat_saves_memory(evidence):
     def temporary(remat):
-        model = Decoder(vocab=29, d_model=64, layers=8, unroll=1, remat=remat)
+        model = Decoder(vocab=29, d_model=64, layers=8, unroll=8, remat=remat)
         tokens = jax.ShapeDtypeStruct((4, 64), jnp.int32)
 
         def loss(p, t):
