@@ -2,7 +2,7 @@
 
 `begin` runs the padded prompts and draws the first token; `advance` draws more in one `while_loop`, up to a step that
 is an argument. Whole answers are one call of it, streams are many with the same executable, so both give the same
-tokens. The carry is donated: the cache is written in place.
+tokens. The carry is donated: the cache's buffers are used again.
 """
 
 import dataclasses
@@ -254,8 +254,8 @@ def row_keys(config: Generate, rows: int, key: PRNGKeyArray | None) -> PRNGKeyAr
 def laid_out(model: Model, params: Params) -> tuple[Model, Params]:
     """The same model with its repeats written out as one pattern, where its `unroll` says that it is short.
 
-    A scan over layers stacks their caches and slices their weights, and on CPU XLA copies both in every step: for 6
-    layers of width 384 that is three quarters of the time. Each layer of a written-out pattern owns its arrays.
+    A scan over layers stacks their caches and slices their weights, and on CPU XLA copies both in every step. Each
+    layer of a written-out pattern owns its arrays.
     """
     if not isinstance(model, Decoder):
         return model, params

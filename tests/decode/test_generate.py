@@ -196,7 +196,7 @@ def test_nothing_recompiles_for_other_prompts_steps_or_seeds():
 
 
 def test_carry_is_donated():
-    """The compiled loop writes the caches in place: its output shares its input's buffers."""
+    """The compiled loop's output shares its input's buffers: the caches are not held twice between calls."""
     model = MODELS["mha"]
     compiled = advance.lower(
         params_of(model), carry_of(model), 3, model=model, config=Generate(), width=16, stop_ids=()
