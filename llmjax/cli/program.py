@@ -20,7 +20,7 @@ def run() -> NoReturn:
     words = sys.argv[1:]
     if words and words[0] in ("train", "eval", "generate") and offered():
         os.environ["GLIBC_TUNABLES"] = TUNABLE
-        os.execv(sys.executable, [sys.executable, "-m", "llmjax", *words])
+        os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
     sys.exit(main())
 
 
