@@ -5,8 +5,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-import jax
-
 from llmjax.config import InputError
 from llmjax.data import Pipeline
 from llmjax.experiment import Experiment, load, load_experiment
@@ -14,9 +12,8 @@ from llmjax.nn.model import Params
 from llmjax.parallel.mesh import MeshConfig
 from llmjax.train import checkpoint
 from llmjax.train.checkpoint import Checkpoint
-from llmjax.train.evaluate import averaged
+from llmjax.train.load import params_of
 from llmjax.train.loop import use_compilation_cache
-from llmjax.train.state import plan
 
 
 class Run(NamedTuple):
@@ -38,7 +35,8 @@ def open_run(run_dir: str | Path, which: str, overrides: Sequence[str] = ()) -> 
     experiment = load_experiment(str(run_dir), overrides)
     use_compilation_cache()
     found = choose(run_dir, which)
-    return Run(experiment, experiment.data.build(experiment.seed), trained(experiment, found), found.step)
+    params = params_of(experiment, found, MeshConfig())
+    return Run(experiment, experiment.data.build(experiment.seed), params, found.step)
 
 
 def choose(run_dir: str | Path, which: str) -> Checkpoint:
@@ -56,16 +54,6 @@ def choose(run_dir: str | Path, which: str) -> Checkpoint:
         return checkpoint.verified(checkpoint.place(run_dir, int(which)))
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(f"checkpoint {which} of {run_dir} is damaged ({error}): use another one") from None
-
-
-def trained(experiment: Experiment, found: Checkpoint) -> Params:
-    """The parameters to evaluate and sample with, on one device."""
-    mesh = MeshConfig().build()
-    layout = plan(experiment.model, experiment.optimizer, experiment.train, mesh)
-    average = averaged(experiment.optimizer, experiment.train.ema)
-    if average is None:
-        return found.params(layout.abstract.params)
-    return jax.jit(average)(found.state(layout.abstract))
 
 
 def warn(message: str) -> None:

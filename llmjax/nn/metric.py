@@ -23,8 +23,3 @@ class Metric:
 def add(left: Mapping[str, Metric], right: Mapping[str, Metric]) -> dict[str, Metric]:
     """Metrics of the union of two disjoint sets of examples: sums and counts add."""
     return jax.tree.map(lambda a, b: a + b, dict(left), dict(right))
-
-
-def means(metrics: Mapping[str, Metric]) -> dict[str, float]:
-    """Means of all metrics as Python floats."""
-    return {name: metric.mean() for name, metric in metrics.items()}

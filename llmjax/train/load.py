@@ -8,7 +8,9 @@ import jax
 
 from llmjax.config import InputError
 from llmjax.nn.model import Params
+from llmjax.parallel.mesh import MeshConfig
 from llmjax.train import checkpoint
+from llmjax.train.checkpoint import Checkpoint
 from llmjax.train.evaluate import averaged
 from llmjax.train.experiment import Experiment
 from llmjax.train.state import plan
@@ -29,8 +31,13 @@ def load_params(
     found = (checkpoint.newest if which == "newest" else checkpoint.best)(run_dir, warn)
     if found is None:
         raise InputError(f"{run_dir} holds no intact checkpoint: train it first")
-    target = plan(experiment.model, experiment.optimizer, experiment.train, experiment.mesh.build()).abstract
+    return params_of(experiment, found, experiment.mesh), found.step
+
+
+def params_of(experiment: Experiment, found: Checkpoint, mesh: MeshConfig) -> Params:
+    """Float32 parameters of a checkpoint to evaluate and sample with (averaged, where the run averages), on `mesh`."""
+    target = plan(experiment.model, experiment.optimizer, experiment.train, mesh.build()).abstract
     average = averaged(experiment.optimizer, experiment.train.ema)
     if average is None:
-        return found.params(target.params), found.step
-    return jax.jit(average)(found.state(target)), found.step
+        return found.params(target.params)
+    return jax.jit(average)(found.state(target))

@@ -104,11 +104,6 @@ def unscale(state: LossScaleState, gradients: PyTree) -> PyTree:
     return jax.tree.map(lambda g: g.astype(jnp.float32) / state.scale, gradients)
 
 
-def all_finite(tree: PyTree) -> Bool[Array, ""]:
-    """Whether no leaf holds a NaN or an infinity."""
-    return jax.tree.reduce(jnp.logical_and, jax.tree.map(lambda x: jnp.all(jnp.isfinite(x)), tree), jnp.array(True))
-
-
 def keep_if(condition: Bool[Array, ""], new: T, old: T) -> T:
     """`new` where the condition holds, else `old`, leaf by leaf: how a step is skipped inside one compiled function."""
     return jax.tree.map(lambda n, o: jnp.where(condition, n, o), new, old)

@@ -30,10 +30,6 @@ class Precision:
         """The tree with its floating-point leaves in the compute dtype; integers, booleans and keys stay."""
         return cast(tree, jnp.dtype(self.compute))
 
-    def cast_output(self, tree: PyTree) -> PyTree:
-        """The tree with its floating-point leaves in float32: for logits, losses and metrics."""
-        return cast(tree, jnp.dtype("float32"))
-
     def problems(self) -> Iterator[tuple[str, str]]:
         """Yield (field, why it is wrong and what would be right)."""
         if self.compute == "float16" and self.loss_scale is None:

@@ -22,7 +22,7 @@ from llmjax.nn.model import Params
 from llmjax.objectives.base import Apply, Batch, Objective
 from llmjax.parallel.mesh import batch_sharding, replicated
 from llmjax.train.config import Train
-from llmjax.train.loss_scale import keep_if, unscale
+from llmjax.train.loss_scale import keep_if, scale_loss, unscale
 from llmjax.train.optimizers.base import set_learning_rate
 from llmjax.train.state import Plan, State
 
@@ -136,7 +136,7 @@ class Step:
 
         def loss(params: Params) -> tuple[Float[Array, ""], Metrics]:
             value, metrics = self.loss(params, batch, key)
-            return value if state.loss_scale is None else value * state.loss_scale.scale, metrics
+            return value if state.loss_scale is None else scale_loss(state.loss_scale, value), metrics
 
         return jax.grad(loss, has_aux=True)(state.params)
 
