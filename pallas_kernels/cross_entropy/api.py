@@ -58,8 +58,9 @@ def losses(
     if soft_cap is not None:
         logits = soft_cap * jnp.tanh(logits / soft_cap)
     lse = jax.nn.logsumexp(logits, axis=-1)
-    nll = lse - jnp.take_along_axis(logits, targets[:, None], axis=-1, mode="clip")[:, 0]
-    correct = jnp.argmax(logits, axis=-1) == targets
+    target_logits = jnp.take_along_axis(logits, targets[:, None], axis=-1, mode="clip")[:, 0]
+    nll = lse - target_logits
+    correct = target_logits >= jnp.max(logits, axis=-1)
     loss = jnp.sum(weights * (nll + z_loss * jnp.square(lse)))
     return loss, TokenLosses(nll, lse, correct)
 
@@ -123,13 +124,17 @@ def loss_and_logits_grad(
     """Loss, terms and d loss / d (hidden @ kernel) = w [(1 + 2 z lse) softmax - onehot] * d cap, in hidden's dtype."""
     raw = jnp.dot(hidden, kernel, preferred_element_type=jnp.float32)
     logits = raw if soft_cap is None else soft_cap * jnp.tanh(raw / soft_cap)
-    lse = jax.nn.logsumexp(logits, axis=-1)
+    top = jnp.max(logits, axis=-1)
+    above = jnp.exp(logits - top[:, None])
+    total = jnp.sum(above, axis=-1)
+    lse = top + jnp.log(total)
     hit = jnp.arange(kernel.shape[1])[None, :] == targets[:, None]
-    nll = lse - jnp.sum(jnp.where(hit, logits, 0.0), axis=-1)
-    grad = jnp.exp(logits - lse[:, None]) * (1 + 2 * z_loss * lse)[:, None] - hit
+    target_logits = jnp.sum(jnp.where(hit, logits, 0.0), axis=-1)
+    nll = lse - target_logits
+    grad = above * ((1 + 2 * z_loss * lse) / total)[:, None] - hit
     if soft_cap is not None:
         grad = grad * (1 - jnp.square(logits / soft_cap))
-    terms = TokenLosses(nll, lse, jnp.argmax(logits, axis=-1) == targets)
+    terms = TokenLosses(nll, lse, target_logits >= top)
     loss = jnp.sum(weights * (nll + z_loss * jnp.square(lse)))
     return loss, terms, (grad * weights[:, None]).astype(hidden.dtype)
 
