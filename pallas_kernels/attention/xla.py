@@ -1,47 +1,56 @@
-"""Attention in plain XLA, a block of queries at a time: keys that no query of the block may see are not computed."""
+"""Attention in plain XLA on any platform: short sequences by laid-out blocks of queries, long ones by tiles of scores."""
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from pallas_kernels.attention.mask import Ends, Rule, allowed
+from pallas_kernels.attention.mask import Rule, Seen, allowed, ends
 from pallas_kernels.attention.reference import dense_attention
+from pallas_kernels.attention.tiled import Config, tiled_backward, tiled_forward
+from pallas_kernels.attention.vjp import Kernel, Operands, Visible, blockwise
 
 SHORT = 1024
-"""Up to this many queries the blocks are laid out and keep their weights for the backward pass."""
+"""Up to the square of this many scores a head the weights are kept for the backward pass, which differentiates itself."""
 BLOCKS = 4
 """Blocks of a short sequence: more skip more of the upper triangle, and make more and smaller products."""
-LONG_BLOCK = 512
-"""Queries in a block of a long sequence, whose weights are recomputed backward."""
 
 
-def blockwise_attention(
-    query: Float[Array, "batch query_length heads head_dim"],
-    key: Float[Array, "batch key_length kv_heads head_dim"],
-    value: Float[Array, "batch key_length kv_heads value_dim"],
-    rule: Rule,
-    ends: tuple[Ends, Ends],
-    scale: float,
-    soft_cap: float | None,
-    indexed: bool,
-) -> Float[Array, "batch query_length heads value_dim"]:
-    """Attention by blocks of queries. `indexed`: positions are the indices of the tokens on both sides.
+def xla_attention(
+    operands: Operands, visible: Visible, rule: Rule, config: Config | None
+) -> tuple[Float[Array, "batch query_length heads value_dim"], Float[Array, "batch heads query_length"]]:
+    """Output and log-sum-exp. Without a `config` the lengths choose between the two forms.
 
-    Temporary memory of long sequences is batch * heads * 512 * key_length floats, forward and backward. Rabe and Staats
-    2021 (2112.05682).
+    The tiled form keeps batch * heads * block_q * block_k scores at a time, forward and backward, and is differentiable
+    once. Rabe and Staats 2021 (2112.05682), Liu et al. 2023 (2310.01889).
     """
-    if query.shape[1] > SHORT:
-        return long_attention(query, key, value, rule, ends, scale, soft_cap)
-    square = indexed and query.shape[1] == key.shape[1]
-    size = -(-query.shape[1] // BLOCKS) if square and (rule.causal or rule.window) else query.shape[1]
-    outputs = []
-    for start in range(0, query.shape[1], size):
+    scores = operands.query.shape[1] * operands.key.shape[1]
+    if config is None and scores <= SHORT**2:
+        return laid_out(operands, visible, rule)
+    return blockwise(Kernel(tiled_forward, tiled_backward, rule, config or Config()), operands, visible)
+
+
+def laid_out(operands: Operands, visible: Visible, rule: Rule) -> tuple[Array, Array]:
+    """Dense attention of up to four blocks of queries; keys that no query of a block may see are not computed."""
+    query, key, value, bias, sinks = operands
+    length = query.shape[1]
+    tokens = ends(visible.seen, (length, key.shape[1]))
+    square = visible.seen.positions is None and length == key.shape[1]
+    size = -(-length // BLOCKS) if square and (rule.causal or rule.window) else length
+    # Widened, so that the gradients of the blocks are summed in float32.
+    wide_key, wide_value = (x.astype(jnp.promote_types(x.dtype, jnp.float32)) for x in (key, value))
+    parts = []
+    for start in range(0, length, size):
         rows = slice(start, start + size)
         columns = reachable(rule, start, start + size) if square else slice(None)
-        mask = allowed(rule, cut(ends[0], rows), cut(ends[1], columns))[:, None]
-        part = (query[:, rows], key[:, columns], value[:, columns])
-        outputs.append(dense_attention(*part, None, mask, scale, soft_cap, some_empty=not square))
-    return jnp.concatenate(outputs, axis=1)
+        mask = allowed(rule, cut(tokens, rows, columns))[:, None]
+        if visible.dense is not None:
+            mask = mask & tile(visible.dense, rows, columns)
+        some_empty = not square or visible.seen.segments is not None or visible.dense is not None
+        k, v = wide_key[:, columns].astype(key.dtype), wide_value[:, columns].astype(value.dtype)
+        scores = None if bias is None else tile(bias, rows, columns)
+        part = dense_attention(query[:, rows], k, v, scores, mask, sinks, rule.scale, rule.soft_cap, some_empty)
+        parts.append(part)
+    outs, lses = zip(*parts, strict=True)
+    return jnp.concatenate(outs, axis=1), jnp.concatenate(lses, axis=2)
 
 
 def reachable(rule: Rule, start: int, stop: int) -> slice:
@@ -53,37 +62,13 @@ def reachable(rule: Rule, start: int, stop: int) -> slice:
     return slice(first, None if right is None else stop + right)
 
 
-def cut(ends: Ends, part: slice) -> Ends:
-    """One side's positions and segments of some tokens."""
-    return Ends(ends.positions[:, part], None if ends.segments is None else ends.segments[:, part])
+def cut(tokens: Seen, rows: slice, columns: slice) -> Seen:
+    """Positions and segments of some queries and keys."""
+    where, ids = (None if x is None else (x[0][:, rows], x[1][:, columns]) for x in tokens)
+    return Seen(where, ids)
 
 
-def long_attention(
-    query: Float[Array, "batch query_length heads head_dim"],
-    key: Float[Array, "batch key_length kv_heads head_dim"],
-    value: Float[Array, "batch key_length kv_heads value_dim"],
-    rule: Rule,
-    ends: tuple[Ends, Ends],
-    scale: float,
-    soft_cap: float | None,
-    block: int = LONG_BLOCK,
-) -> Float[Array, "batch query_length heads value_dim"]:
-    """A loop over blocks of queries, each against all keys; the weights of one block exist at a time."""
-
-    @jax.checkpoint
-    def one(args: tuple[Array, Ends]) -> Float[Array, "batch block heads value_dim"]:
-        q, rows = args
-        return dense_attention(q, key, value, None, allowed(rule, rows, ends[1])[:, None], scale, soft_cap)
-
-    length = query.shape[1]
-    count = -(-length // block)
-
-    def split(x: Array, fill: int) -> Array:
-        widths = [(0, 0), (0, count * block - length)] + [(0, 0)] * (x.ndim - 2)
-        x = jnp.pad(x, widths, constant_values=fill)
-        return jnp.moveaxis(x.reshape(x.shape[0], count, block, *x.shape[2:]), 1, 0)
-
-    segments = None if ends[0].segments is None else split(ends[0].segments, 0)
-    out = jax.lax.map(one, (split(query, 0), Ends(split(ends[0].positions, -1), segments)))
-    out = jnp.moveaxis(out, 0, 1).reshape(query.shape[0], count * block, *out.shape[3:])
-    return out[:, :length]
+def tile(x: Array, rows: slice, columns: slice) -> Array:
+    """Part of an array that broadcasts to [batch, heads, query_length, key_length]."""
+    x = x[:, :, rows] if x.shape[2] > 1 else x
+    return x[..., columns] if x.shape[3] > 1 else x
