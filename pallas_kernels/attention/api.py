@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import jax
@@ -38,58 +39,64 @@ def attention(
     return_column_sums: bool = False,
     implementation: str | Sequence[str] | None = None,
     config: Any = None,
-) -> Array | tuple[Array, ...]:
+) -> Any:
     """softmax(cap(q k^T scale) + bias) v over the keys that a query may see; layout and names of `jax.nn`'s function.
 
-    A key is seen where `is_causal` and `local_window_size` (left, right) allow its position (`positions`, by default the
-    index), its segment is the query's, both are within their lengths, and `mask` (a boolean array, or a `Mask`) allows
-    it. A causal window of W tokens is (W - 1, 0). Negative positions and segments mark absent tokens; what lies beyond a
-    length has no influence, even if it is not a number. Key and value heads are shared by groups of query heads (Ainslie et al. 2023, 2305.13245). A
-    sink joins its head's softmax as one more score. Softmax is float32 (float64 for float64); a query without keys gives
-    zeros. Differentiable in query, key, value, bias and sinks.
+    A key is seen where `is_causal` and `local_window_size` (left, right) allow its position (`positions`, by default
+    the index), its segment is the query's, both are within their lengths, and `mask` (a boolean array, or a `Mask`)
+    allows it. A causal window of W tokens is (W - 1, 0). Negative positions and segments mark absent tokens; what lies
+    beyond a length has no influence, even if it is not a number. Key and value heads are shared by groups of query
+    heads (Ainslie et al. 2023, 2305.13245). A sink joins its head's softmax as one more score. Softmax is float32
+    (float64 for float64); a query without keys gives zeros. Differentiable in query, key, value, bias and sinks.
 
     Returns the output in value's dtype, `[batch, query_length, heads, value_dim]`; with `return_residual` also the
     differentiable log-sum-exp, float32 `[batch, query_length, heads]`, sinks included, -inf where nothing is seen; with
     `return_column_sums` also the attention mass of every key, `[batch, heads, key_length]`, without gradient.
 
     `implementation`: a name of `BACKENDS`, a sequence of names in order of preference, or None for the best that fits;
-    `config` its block sizes. Raises ValueError where arguments disagree, NotImplementedError, with the reasons, where no
-    implementation that may be used can do it.
+    `config` its block sizes. Raises ValueError where arguments disagree, NotImplementedError, with the reasons, where
+    no implementation that may be used can do it.
     """
-    check_shapes(query, key, value)
-    lengths = (query.shape[1], key.shape[1])
-    bias, sinks = check_scores("bias", bias, query, key), check_sinks(sinks, query)
     reach = check_window(local_window_size)
     described = Mask(is_causal, reach, segment_ids, positions, query_seq_lengths, key_value_seq_lengths)
     described &= mask if isinstance(mask, Mask) else Mask(dense=mask)
-    check_mask(described, query, key)
-    rule = Rule(
-        1 / math.sqrt(query.shape[3]) if scale is None else float(scale),
-        described.is_causal,
-        check_window(described.local_window_size),
-        check_cap(logits_soft_cap),
-    )
-    tokens = seen(described, lengths)
-    if described.query_seq_lengths is not None or described.key_value_seq_lengths is not None:
-        query, key, value = present(query, key, value, tokens)
-    operands = Operands(query, key, value, bias, sinks)
-    visible = Visible(tokens, check_scores("mask", described.dense, query, key))
-    call = Call(operands, visible, described, rule, return_residual or return_column_sums, config)
-    names = implementation if implementation is None or isinstance(implementation, str) else tuple(implementation)
-    out, lse = BACKENDS[choose(call, names)].run(call)
+    call = checked(Operands(query, key, value, bias, sinks), described, scale, logits_soft_cap)
+    call = replace(call, residual=return_residual or return_column_sums, config=config)
+    out, lse = BACKENDS[choose(call, implementation)].run(call)
+    if lse is None or not call.residual:
+        return out
     results = [out]
     if return_residual:
         results.append(jnp.swapaxes(lse, 1, 2))
     if return_column_sums:
-        results.append(column_sums(operands, visible, lse, rule, Config()))
-    return tuple(results) if len(results) > 1 else out
+        results.append(column_sums(call.operands, call.visible, lse, call.rule, Config()))
+    return tuple(results)
+
+
+def checked(operands: Operands, mask: Mask, scale: float | None, soft_cap: float | None) -> Call:
+    """The call that these arguments make; raises ValueError where they disagree."""
+    query, key, value, bias, sinks = operands
+    check_shapes(query, key, value)
+    check_mask(mask, query, key)
+    if soft_cap is not None and soft_cap <= 0:
+        raise ValueError(f"logits_soft_cap={soft_cap} must be positive, or None")
+    if sinks is not None and sinks.shape != query.shape[2:3]:
+        raise ValueError(f"sinks have shape {sinks.shape}, query {query.shape}: expected [heads]")
+    scale = 1 / math.sqrt(query.shape[3]) if scale is None else float(scale)
+    rule = Rule(scale, mask.is_causal, check_window(mask.local_window_size), soft_cap)
+    tokens = seen(mask, (query.shape[1], key.shape[1]))
+    visible = Visible(tokens, check_scores("mask", mask.dense, query, key))
+    if mask.query_seq_lengths is not None or mask.key_value_seq_lengths is not None:
+        query, key, value = present(query, key, value, tokens)
+    operands = Operands(query, key, value, check_scores("bias", bias, query, key), sinks)
+    return Call(operands, visible, mask, rule)
 
 
 def present(query: Array, key: Array, value: Array, tokens: Seen) -> tuple[Array, Array, Array]:
     """The arrays with zeros in place of what absent tokens hold, which may be anything (0 * nan is nan)."""
     assert tokens.segments is not None
     there = [(ids >= 0)[:, :, None, None] for ids in tokens.segments]
-    return tuple(jnp.where(t, x, 0) for t, x in zip((there[0], there[1], there[1]), (query, key, value)))
+    return jnp.where(there[0], query, 0), jnp.where(there[1], key, 0), jnp.where(there[1], value, 0)
 
 
 def check_shapes(query: Array, key: Array, value: Array) -> None:
@@ -116,25 +123,11 @@ def check_scores(name: str, x: Array | None, query: Array, key: Array) -> Array 
     scores = (query.shape[0], query.shape[2], query.shape[1], key.shape[1])
     shape = (1,) * (4 - x.ndim) + x.shape
     if x.ndim > 4 or any(have not in (1, want) for have, want in zip(shape, scores)):
-        axes = "[batch, heads, query_length, key_length]"
-        raise ValueError(f"{name} has shape {x.shape}, query {query.shape}, key {key.shape}: expected {axes} = {scores}")
+        wanted = f"[batch, heads, query_length, key_length] = {scores}"
+        raise ValueError(f"{name} has shape {x.shape}, query {query.shape}, key {key.shape}: expected {wanted}")
     if name == "mask" and x.dtype != bool:
         raise ValueError(f"mask has dtype {x.dtype}; expected a boolean array or a Mask")
     return jnp.reshape(x, shape)
-
-
-def check_sinks(sinks: Array | None, query: Array) -> Array | None:
-    """One score a head."""
-    if sinks is not None and sinks.shape != query.shape[2:3]:
-        raise ValueError(f"sinks have shape {sinks.shape}, query {query.shape}: expected [heads]")
-    return sinks
-
-
-def check_cap(cap: float | None) -> float | None:
-    """A positive bound."""
-    if cap is not None and cap <= 0:
-        raise ValueError(f"logits_soft_cap={cap} must be positive, or None")
-    return cap
 
 
 def check_window(size: int | tuple[int | None, int | None] | None) -> tuple[int | None, int | None] | None:
@@ -167,5 +160,5 @@ def check_mask(mask: Mask, query: Array, key: Array) -> None:
         if not isinstance(counts, jax.core.Tracer) and np.any(np.asarray(counts) < 0):
             raise ValueError(f"{what}={np.asarray(counts)} must not be negative")
     if mask.local_window_size is not None and mask.positions is None and query.shape[1] != key.shape[1]:
-        shapes = f"query has shape {query.shape}, key {key.shape}"
-        raise ValueError(f"local_window_size={mask.local_window_size} between different lengths needs positions: {shapes}")
+        window, shapes = mask.local_window_size, f"query has shape {query.shape}, key {key.shape}"
+        raise ValueError(f"local_window_size={window} between different lengths needs positions: {shapes}")

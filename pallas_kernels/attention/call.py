@@ -15,7 +15,7 @@ class Call:
     visible: Visible
     mask: Mask
     rule: Rule
-    residual: bool
+    residual: bool = False
     """whether the log-sum-exp is wanted"""
-    config: Any
+    config: Any = None
     """block sizes of the implementation that was asked for; None lets it choose"""

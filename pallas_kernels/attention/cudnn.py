@@ -14,7 +14,6 @@ def refusal(call: Call) -> str | None:
     """Why cuDNN cannot take this call, or None."""
     query, key, value, bias, sinks = call.operands
     batch, length, _, head_dim = query.shape
-    left, right = call.rule.window or (None, None)
     reasons = {
         "needs bfloat16 or float16": query.dtype not in (jnp.bfloat16, jnp.float16),
         f"takes head_dim up to {MAX_HEAD_DIM}, a multiple of 8": head_dim > MAX_HEAD_DIM or head_dim % 8 != 0,
@@ -28,7 +27,6 @@ def refusal(call: Call) -> str | None:
         "rounds its log-sum-exp and has no gradient for it": call.residual,
         "differentiates a bias only in a batch of 1": bias is not None and batch > 1,
         "takes a bias only for even lengths": bias is not None and bool(length % 2 or key.shape[1] % 2),
-        "windows need a left side": left is None and right is not None,
     }
     return next((reason for reason, holds in reasons.items() if holds), None)
 
@@ -37,6 +35,7 @@ def run(call: Call) -> tuple[Array, None]:
     """The output; there is no log-sum-exp. Queries beyond their length, and those without keys, are zeros."""
     query, key, value, bias, _ = call.operands
     counts = (call.mask.query_seq_lengths, call.mask.key_value_seq_lengths)
+    left, _ = call.rule.window or (None, None)
     if bias is not None:
         bias = jnp.broadcast_to(bias, (1, query.shape[2], query.shape[1], key.shape[1])).astype(query.dtype)
     out = jax.nn.dot_product_attention(
@@ -48,7 +47,7 @@ def run(call: Call) -> tuple[Array, None]:
         is_causal=call.rule.causal,
         query_seq_lengths=counts[0],
         key_value_seq_lengths=counts[1],
-        local_window_size=None if call.rule.window is None else (call.rule.window[0], 0),
+        local_window_size=None if left is None else (left, 0),
         implementation="cudnn",
     )
     if counts[0] is not None:

@@ -88,8 +88,9 @@ def seen(mask: Mask, lengths: tuple[int, int]) -> Seen:
         present = present if ids is None else present & (ids >= 0)
         ids = jnp.zeros((1, length), jnp.int32) if ids is None else ids
         sides.append(jnp.where(present, ids, absent).astype(jnp.int32))
-    where = None if positions[0] is None else tuple(p.astype(jnp.int32) for p in positions)
-    return Seen(where, (sides[0], sides[1]))
+    rows, columns = positions
+    both = None if rows is None or columns is None else (rows.astype(jnp.int32), columns.astype(jnp.int32))
+    return Seen(both, (sides[0], sides[1]))
 
 
 def ends(tokens: Seen, lengths: tuple[int, int]) -> Seen:

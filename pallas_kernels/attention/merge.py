@@ -11,8 +11,8 @@ def merge_partials(
     """(sum_p exp(lse_p - lse) out_p, lse = log sum_p exp lse_p): attention over the union of disjoint sets of keys.
 
     `outs` are normalised outputs, `lses` the logarithms of their normalisers, float32 or wider. Associative and
-    commutative; a part without keys (out 0, lse -inf) changes nothing, and all parts empty give (0, -inf). A sink must be
-    given to one part only. Differentiable. Milakov and Gimelshein 2018 (1805.02867), Liu et al. 2023 (2310.01889).
+    commutative; a part without keys (out 0, lse -inf) changes nothing, and all parts empty give (0, -inf). A sink must
+    be given to one part only. Differentiable. Milakov and Gimelshein 2018 (1805.02867), Liu et al. 2023 (2310.01889).
     """
     top = jax.lax.stop_gradient(jnp.max(lses, axis=0))
     some = top > -jnp.inf

@@ -3,7 +3,7 @@
 import functools
 import importlib
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
@@ -132,24 +132,22 @@ def backend_of(name: str, summary: str, runs_on: Callable[[str, str], bool]) -> 
 
 BACKENDS = {
     "tpu": backend_of("tpu", "Pallas Mosaic for TPU", lambda platform, device: platform == "tpu"),
-    "cudnn": Backend(
-        "cuDNN through jax.nn", lambda platform, device: platform == "gpu", cudnn.refusal, cudnn.run
-    ),
+    "cudnn": Backend("cuDNN through jax.nn", lambda platform, device: platform == "gpu", cudnn.refusal, cudnn.run),
     "hopper": backend_of("hopper", "Pallas Mosaic GPU for sm_90a", on_hopper),
     "xla": Backend("plain XLA, blockwise", everywhere, xla_refusal, run_xla),
     "reference": Backend("the definition, float32 or float64", everywhere, reference_refusal, run_reference),
 }
-"""In the order in which `implementation=None` tries them. cuDNN comes before our Hopper kernel, which no chip has run yet."""
+"""In the order in which `implementation=None` tries them: cuDNN before our Hopper kernel, which no chip has run yet."""
 
 
-def choose(call: Call, implementation: str | tuple[str, ...] | None) -> str:
-    """The name of the first implementation that can do it; raises ValueError or NotImplementedError with the reasons."""
+def choose(call: Call, implementation: str | Sequence[str] | None) -> str:
+    """The first implementation that can do it, by name; raises ValueError or NotImplementedError with the reasons."""
     names = (implementation,) if isinstance(implementation, str) else implementation or tuple(BACKENDS)
     for name in names:
         if name not in BACKENDS:
             raise ValueError(f"implementation={implementation!r} is unknown: use one of {', '.join(sorted(BACKENDS))}")
     platform, device = target()
-    reasons = []
+    reasons: list[str] = []
     for name in names:
         backend = BACKENDS[name]
         reason = backend.refusal(call) if backend.runs_on(platform, device) else f"does not run on {device}"

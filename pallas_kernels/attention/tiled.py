@@ -1,4 +1,4 @@
-"""Attention by tiles of scores in plain XLA: an online softmax forward, recomputed tiles backward, unseen tiles skipped.
+"""Attention by tiles of scores in plain XLA: online softmax forward, recomputed tiles backward, unseen tiles skipped.
 
 Milakov and Gimelshein 2018 (1805.02867), Rabe and Staats 2021 (2112.05682), Dao 2023 (2307.08691). Inside, queries are
 [batch, kv_heads, groups, block_q, head_dim] and keys [batch, kv_heads, block_k, head_dim].
@@ -33,7 +33,7 @@ class Rows(NamedTuple):
 
 
 class Tiles(NamedTuple):
-    """The arrays of one call, padded to whole blocks (padding is absent), and the key blocks of each block of queries."""
+    """The arrays of a call, padded to whole blocks (padding is absent), and the key blocks of each block of queries."""
 
     queries: Rows
     keys: Rows
@@ -50,7 +50,7 @@ def prepare(operands: Operands, visible: Visible, rule: Rule, config: Config) ->
     lengths = (query.shape[1], key.shape[1])
     positions, segments = ends(visible.seen, lengths)
     assert positions is not None
-    segments = segments or tuple(jnp.zeros((1, n), jnp.int32) for n in lengths)
+    segments = segments or (jnp.zeros((1, lengths[0]), jnp.int32), jnp.zeros((1, lengths[1]), jnp.int32))
     blocks = block_map(visible.seen, rule, *lengths, config.block_q, config.block_k).max(0, keepdims=True)
     start, stop = first_last(blocks)
     q = cut(query, config.block_q)
@@ -186,12 +186,12 @@ def tiled_backward(
             return d_query, d_keys.at[j].add(d_k), d_values.at[j].add(d_v), d_bias
 
         start = (jnp.zeros(shape[1:], wide), *carry)
-        d_query, *carry = jax.lax.fori_loop(tiles.start[i], tiles.stop[i], visit, start)
-        return tuple(carry), d_query.astype(query.dtype)
+        d_query, d_k, d_v, d_b = jax.lax.fori_loop(tiles.start[i], tiles.stop[i], visit, start)
+        return (d_k, d_v, d_b), d_query.astype(query.dtype)
 
-    zeros = tuple(jnp.zeros(x.shape, wide) for x in (tiles.keys.x, tiles.values))
-    carry = (*zeros, None if tiles.bias is None else jnp.zeros(tiles.bias.shape, wide))
-    (d_k, d_v, d_bias), d_q = jax.lax.scan(block, carry, jnp.arange(shape[0]))
+    d_bias = None if tiles.bias is None else jnp.zeros(tiles.bias.shape, wide)
+    zeros = (jnp.zeros(tiles.keys.x.shape, wide), jnp.zeros(tiles.values.shape, wide), d_bias)
+    (d_k, d_v, d_bias), d_q = jax.lax.scan(block, zeros, jnp.arange(shape[0]))
     d_query = d_q.transpose(1, 0, 4, 2, 3, 5).reshape(query.shape[0], -1, *query.shape[2:])[:, : query.shape[1]]
     d_key, d_value = (
         d.transpose(1, 0, 3, 2, 4).reshape(x.shape[0], -1, *x.shape[2:])[:, : x.shape[1]].astype(x.dtype)

@@ -1,8 +1,9 @@
-"""The gradient that all blockwise implementations share: nothing but output and log-sum-exp is kept from the forward pass.
+"""The gradient that all blockwise implementations share: output and log-sum-exp are all that the forward pass keeps.
 
 With s_ij the scores, lse_i = log(sum_j exp(s_ij) + exp(sink)), P_ij = exp(s_ij - lse_i) and out_i = sum_j P_ij v_j:
 
-    delta_i = sum_d d_out_id out_id - d_lse_i,   dS_ij = P_ij (d_out_i . v_j - delta_i),   d_sink = -sum_i exp(sink - lse_i) delta_i
+    delta_i = sum_d d_out_id out_id - d_lse_i,   dS_ij = P_ij (d_out_i . v_j - delta_i),
+    d_sink = -sum_i exp(sink - lse_i) delta_i
 
 (Dao et al. 2022, 2205.14135; the log-sum-exp's own gradient enters through delta alone.)
 """

@@ -1,4 +1,4 @@
-"""Attention in plain XLA on any platform: short sequences by laid-out blocks of queries, long ones by tiles of scores."""
+"""Attention in plain XLA on any platform: short sequences by blocks of queries, long ones by tiles of scores."""
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float
@@ -9,7 +9,7 @@ from pallas_kernels.attention.tiled import Config, tiled_backward, tiled_forward
 from pallas_kernels.attention.vjp import Kernel, Operands, Visible, blockwise
 
 SHORT = 1024
-"""Up to the square of this many scores a head the weights are kept for the backward pass, which differentiates itself."""
+"""Up to the square of this many scores a head, the weights are kept and the gradient is the automatic one."""
 BLOCKS = 4
 """Blocks of a short sequence: more skip more of the upper triangle, and make more and smaller products."""
 

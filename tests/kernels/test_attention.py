@@ -1,5 +1,6 @@
 """Attention against jax.nn.dot_product_attention, numpy in float64 and laws; float32, so tolerances are a few ulps."""
 
+import functools
 import logging
 
 import chex
@@ -214,7 +215,8 @@ def test_bfloat16_errs_no_more_than_jax():
     exact = both(lambda q, k, v: jax.nn.dot_product_attention(q, k, v, is_causal=True), *wide)
     theirs = both(lambda q, k, v: jax.nn.dot_product_attention(q, k, v, is_causal=True), *arrays)
     for config in (None, Config(16, 16)):
-        ours = both(lambda q, k, v: attention(q, k, v, is_causal=True, implementation="xla", config=config), *arrays)
+        options = {"is_causal": True, "implementation": "xla", "config": config}
+        ours = both(functools.partial(attention, **options), *arrays)
         for got, peer, true in zip(ours, theirs, exact, strict=True):
             chex.assert_type(got, jnp.bfloat16)
             assert rms(got, true) <= 1.3 * rms(peer, true)
