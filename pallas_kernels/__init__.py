@@ -1,6 +1,14 @@
 """Kernels on plain arrays, each behind one function with several implementations. Imports jax only."""
 
-from pallas_kernels.attention import attention
-from pallas_kernels.cross_entropy import linear_cross_entropy
+from pallas_kernels.attention import Mask, attention, merge_partials
+from pallas_kernels.cross_entropy import linear_cross_entropy, linear_entropy, linear_kl, linear_token_losses
 
-__all__ = ["attention", "linear_cross_entropy"]
+__all__ = [
+    "Mask",
+    "attention",
+    "linear_cross_entropy",
+    "linear_entropy",
+    "linear_kl",
+    "linear_token_losses",
+    "merge_partials",
+]

@@ -1,7 +1,9 @@
 """Multi-head softmax attention: MHA, GQA and MQA; causal, full or windowed; rotary positions, QK-norm, soft cap."""
 
+import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -15,6 +17,7 @@ from llmjax.nn.mixer import Context, Mixer, State
 from llmjax.nn.norms import Norm
 from llmjax.nn.rope import Rope, rotate
 from llmjax.nn.sites import site
+from llmjax.parallel.mesh import per_device
 from pallas_kernels.attention import attention
 
 
@@ -115,24 +118,23 @@ class AttentionModule(nn.Module):
         c = self.config
         heads, _, head_dim = c.sizes(self.d_model)
         q, k, v = self.project(x, context)
-        positions = None
+        positions: tuple[Array | None, Array | None] = (None, None)
         if state is not None and context.cache is not None:
             slot = context.cache.slot
             state = {"key": store(state["key"], k, slot), "value": store(state["value"], v, slot)}
             k, v = state["key"].astype(q.dtype), state["value"].astype(q.dtype)
             positions = (context.positions, context.cache.positions)
         reach = None if c.window is None else (c.window - 1, 0 if c.causal else c.window - 1)
-        z = attention(
-            q,
-            k,
-            v,
+        kernel = functools.partial(
+            attend,
             is_causal=c.causal,
             local_window_size=reach,
-            segment_ids=context.segment_ids,
-            positions=positions,
             logits_soft_cap=c.soft_cap,
             implementation=c.implementation,
         )
+        heads_of = ("batch", None, "kv_heads", None)
+        names = (heads_of, heads_of, heads_of, *3 * (("batch", None),))
+        z = per_device(kernel, names, heads_of, q, k, v, context.segment_ids, *positions)
         z = site(self, "z", z)
         residual = self.initializer.residual(heads * head_dim, self.layers)
         inputs, axes = (heads, head_dim), ("heads", "head_dim", "d_model")
@@ -154,6 +156,20 @@ class AttentionModule(nn.Module):
         if c.rope is not None:
             q, k = rotate(q, context.positions, c.rope), rotate(k, context.positions, c.rope)
         return site(self, "q", q), site(self, "k", k), site(self, "v", v)
+
+
+def attend(
+    q: Float[Array, "batch length heads head_dim"],
+    k: Float[Array, "batch cache kv_heads head_dim"],
+    v: Float[Array, "batch cache kv_heads head_dim"],
+    segment_ids: Int[Array, "batch length"] | None,
+    query_positions: Int[Array, "batch length"] | None,
+    key_positions: Int[Array, "batch cache"] | None,
+    **options: Any,
+) -> Float[Array, "batch length heads head_dim"]:
+    """`attention` with its arrays in order, those that a mesh splits."""
+    positions = None if query_positions is None or key_positions is None else (query_positions, key_positions)
+    return attention(q, k, v, segment_ids=segment_ids, positions=positions, **options)
 
 
 def store(

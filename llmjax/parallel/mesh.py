@@ -4,16 +4,19 @@ Parameters carry logical names (`nn.with_logical_partitioning`); GSPMD (Xu et al
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import flax.linen as nn
 import jax
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Array
 
 from llmjax.config import InputError
+
+Names = tuple[str | None, ...]
 
 AXES = ("data", "fsdp", "stage", "context", "expert", "tensor")
 
@@ -80,7 +83,7 @@ def shardings(logical: Any, shapes: Any, mesh: Mesh) -> Any:
     )
 
 
-def fit(spec: PartitionSpec | None, shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
+def fit(spec: PartitionSpec | None, shape: tuple[int, ...], mesh: Mesh | AbstractMesh) -> PartitionSpec:
     """`spec` without the mesh axes that do not divide the array's axis: such an axis is left whole."""
     kept = []
     for length, names in zip(shape, tuple(spec or ()), strict=False):
@@ -88,6 +91,29 @@ def fit(spec: PartitionSpec | None, shape: tuple[int, ...], mesh: Mesh) -> Parti
         parts = math.prod(mesh.shape[name] for name in group)
         kept.append(names if parts > 1 and length % parts == 0 else None)
     return PartitionSpec(*kept)
+
+
+def per_device(function: Callable[..., Array], names: Sequence[Names], result: Names, *arrays: Array | None) -> Array:
+    """`function(*arrays)` on every device's own part, where the program is traced for a mesh of several devices.
+
+    Kernels are compiled for one device, and GSPMD cannot split them. `names` are the logical names of each array's
+    axes; None is an axis that every device sees whole, and so is one whose parts do not come out even in every array
+    that has it. What `function` computes along a split axis must not depend on the other parts.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.size <= 1:
+        return function(*arrays)
+    given = [(name, x) for name, x in zip(names, arrays, strict=True) if x is not None]
+    whole = {n for name, x in given for n, part in zip(name, _spec(name, x.shape, mesh)) if n and part is None}
+    split = [tuple(None if n in whole else n for n in name) for name in (*names, result)]
+    *specs, out = (nn.logical_to_mesh_axes(name, RULES) or PartitionSpec() for name in split)
+    return jax.shard_map(function, in_specs=tuple(specs), out_specs=out, check_vma=False)(*arrays)
+
+
+def _spec(names: Names, shape: tuple[int, ...], mesh: Mesh | AbstractMesh) -> tuple[Any, ...]:
+    """The mesh axes of every axis of an array, None where there are none or where they do not divide it."""
+    spec = tuple(fit(nn.logical_to_mesh_axes(names, RULES), shape, mesh))
+    return spec + (None,) * (len(shape) - len(spec))
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:

@@ -28,12 +28,13 @@ class Evaluator:
     """Evaluates a run's objective without dropout; compiled at the first batch, once."""
 
     def __init__(self, step: Step, mesh: Mesh) -> None:
-        self._sharding = batch_sharding(mesh)
+        self._mesh, self._sharding = mesh, batch_sharding(mesh)
         self._loss = jax.jit(lambda params, batch: step.loss(params, batch, None)[1])
 
     def __call__(self, params: Params, batches: Iterable[Mapping[str, np.ndarray]]) -> dict[str, float]:
         """Means over all batches at float32 `params`."""
-        pending = [self._loss(params, put(batch, self._sharding)) for batch in batches]
+        with jax.set_mesh(self._mesh):  # kernels ask which chips they are traced for, and how many
+            pending = [self._loss(params, put(batch, self._sharding)) for batch in batches]
         sums: Sums = {}
         for metrics in jax.device_get(pending):
             add_to(sums, metrics)

@@ -174,7 +174,9 @@ class Compiled:
         jitted = jax.jit(self._counted, donate_argnums=0, out_shardings=(self.plan.shardings, whole))
         shapes = {name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=rows) for name, x in batch.items()}
         scalars = (jax.ShapeDtypeStruct((), dtype, sharding=whole) for dtype in (np.float32, np.int32, np.uint32))
-        self.executable = jitted.lower(self.plan.abstract, shapes, *scalars).compile()
+        with jax.set_mesh(self.mesh):  # kernels ask which chips they are traced for, and how many
+            lowered = jitted.lower(self.plan.abstract, shapes, *scalars)
+        self.executable = lowered.compile()
         self.seconds = time.perf_counter() - start
         return self
 

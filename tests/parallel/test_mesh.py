@@ -11,7 +11,7 @@ from llmjax.nn.attention import Attention
 from llmjax.nn.block import Block
 from llmjax.nn.decoder import Decoder
 from llmjax.objectives.next_token import NextToken
-from llmjax.parallel.mesh import AXES, RULES, MeshConfig, batch_sharding, fit, shardings
+from llmjax.parallel.mesh import AXES, RULES, MeshConfig, batch_sharding, fit, per_device, shardings
 from llmjax.train.step import apply_of
 from tests.evidence import evidence
 
@@ -38,7 +38,8 @@ def gradients(config):
     def loss(p, b):
         return NextToken().loss(apply_of(MODEL.build()), p, b, None)[0]
 
-    return jax.device_get(jax.jit(jax.value_and_grad(loss))(params, batch)), params
+    with jax.set_mesh(mesh):
+        return jax.device_get(jax.jit(jax.value_and_grad(loss))(params, batch)), params
 
 
 @pytest.fixture(scope="module")
@@ -50,8 +51,8 @@ def single():
 @evidence("E49", oracle="one device", code="llmjax.parallel.mesh")
 @pytest.mark.parametrize(
     "config",
-    [MeshConfig(data=8), MeshConfig(fsdp=8), MeshConfig(data=2, fsdp=4)],
-    ids=["data", "fsdp", "both"],
+    [MeshConfig(data=8), MeshConfig(fsdp=8), MeshConfig(data=2, fsdp=4), MeshConfig(data=2, fsdp=2, tensor=2)],
+    ids=["data", "fsdp", "both", "tensor"],
 )
 def test_loss_and_gradients_equal_one_device(config, single, evidence):
     got, _ = gradients(config)
@@ -100,3 +101,25 @@ def test_too_few_devices_and_bad_sizes_are_named():
         MeshConfig(fsdp=16).build()
     with pytest.raises(ConfigError, match="tensor=0 must be at least 1"):
         validate(MeshConfig(tensor=0))
+
+
+@pytest.mark.parametrize(("tensor", "local"), [(2, (2, 12, 2, 4)), (4, (4, 12, 4, 4))], ids=["even", "uneven"])
+def test_kernels_see_one_device_s_part(tensor, local):
+    """Rows are split, and heads where the kv heads come out even: four query heads share two."""
+    mesh = MeshConfig(data=8 // tensor, tensor=tensor).build()
+    q, kv = jnp.ones((8, 12, 4, 4)), jnp.ones((8, 12, 2, 4))
+    seen = []
+
+    def kernel(q, kv, ids):
+        assert ids is None
+        seen.append(q.shape)
+        return q * kv.sum()
+
+    names = ("batch", None, "kv_heads", None)
+    run = jax.jit(lambda q, kv: per_device(kernel, (names, names, ("batch", None)), names, q, kv, None))
+    with jax.set_mesh(mesh):
+        out = run(q, kv)
+    assert seen == [local]
+    assert out.shape == q.shape
+    assert run(q, kv).shape == q.shape
+    assert seen[1:] == [q.shape]  # without a mesh there is nothing to split
