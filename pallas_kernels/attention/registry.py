@@ -8,15 +8,16 @@ from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
 
+import jax
 from jaxtyping import Array
 
-from pallas_kernels._compat import target
 from pallas_kernels.attention import cudnn, tiled
 from pallas_kernels.attention.call import Call
 from pallas_kernels.attention.mask import Rule, allowed, ends
 from pallas_kernels.attention.reference import definition
 from pallas_kernels.attention.vjp import Kernel, Operands, Visible, blockwise
 from pallas_kernels.attention.xla import xla_attention
+from pallas_kernels.chips import target
 from pallas_kernels.tuned import tuned
 
 log = logging.getLogger("pallas_kernels")
@@ -130,14 +131,19 @@ def backend_of(name: str, summary: str, runs_on: Callable[[str, str], bool]) -> 
     return Backend(summary, runs_on, functools.partial(kernel_refusal, name), functools.partial(run_kernel, name))
 
 
+def on_gpu(platform: str, device: str) -> bool:
+    """A GPU that is there: whether cuDNN can do it is asked of the library on the machine."""
+    return platform == "gpu" == jax.default_backend()
+
+
 BACKENDS = {
     "tpu": backend_of("tpu", "Pallas Mosaic for TPU", lambda platform, device: platform == "tpu"),
-    "cudnn": Backend("cuDNN through jax.nn", lambda platform, device: platform == "gpu", cudnn.refusal, cudnn.run),
-    "hopper": backend_of("hopper", "Pallas Mosaic GPU for sm_90a", on_hopper),
+    "cudnn": Backend("cuDNN through jax.nn", on_gpu, cudnn.refusal, cudnn.run),
     "xla": Backend("plain XLA, blockwise", everywhere, xla_refusal, run_xla),
+    "hopper": backend_of("hopper", "Pallas Mosaic GPU for sm_90a", on_hopper),
     "reference": Backend("the definition, float32 or float64", everywhere, reference_refusal, run_reference),
 }
-"""In the order in which `implementation=None` tries them: cuDNN before our Hopper kernel, which no chip has run yet."""
+"""In the order in which `implementation=None` tries them: the Hopper kernel, run by no chip yet, must be asked for."""
 
 
 def choose(call: Call, implementation: str | Sequence[str] | None) -> str:
