@@ -30,11 +30,14 @@ batch = {
     for name, x in empty_batch(experiment.data.batch_size, experiment.data.length).items()
 }
 scalars = [jax.ShapeDtypeStruct((), t, sharding=replicated(mesh)) for t in (np.float32, np.int32, np.uint32)]
-compiled = jax.jit(step, donate_argnums=0).lower(state.abstract, batch, *scalars).compile()
+with jax.set_mesh(mesh):
+    lowered = jax.jit(step, donate_argnums=0).lower(state.abstract, batch, *scalars)
+compiled = lowered.compile()
 memory = compiled.memory_analysis()
 states = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state.abstract))
 print(json.dumps({
     "arguments": memory.argument_size_in_bytes, "temporary": memory.temp_size_in_bytes, "states": states,
+    "pallas": "tpu_custom_call" in compiled.as_text(),
 }))
 """
 
@@ -51,10 +54,12 @@ def compile_for(topology, *overrides):
 def test_one_gpu_recipe_compiles_and_fits(topology, memory):
     """The step compiles for one chip; its arguments hold the state, and all of it fits in the chip's memory."""
     found = compile_for(topology)
+    assert found["pallas"] == topology.startswith("v5p")  # attention is the TPU kernel there
     assert found["states"] <= found["arguments"] < 1.1 * found["states"]
     assert found["arguments"] + found["temporary"] < memory
 
 
 def test_fsdp_divides_the_state_over_the_chips():
     found = compile_for("v5p:2x2x1", "--mesh.fsdp=4")
+    assert found["pallas"]
     assert found["states"] / 4 <= found["arguments"] < 1.1 * found["states"] / 4

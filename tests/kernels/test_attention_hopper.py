@@ -1,0 +1,211 @@
+"""The Hopper attention kernels on a simulated GPU, with races detected, against XLA and its gradients in float32.
+
+The simulation runs warpgroups, copies, barriers and shared memory as the kernel asks for them; a product of two
+matrices is numpy's, so registers, layouts and the asynchrony of products are the hardware tests' matter.
+"""
+
+from types import SimpleNamespace
+
+import hypothesis.strategies as st
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+
+from pallas_kernels._compat import absent_gpu, simulated_gpu, simulates_gpu
+from pallas_kernels.attention import hopper, hopper_blocks
+from pallas_kernels.attention.mask import Rule, Seen, allowed, ends
+from pallas_kernels.chips import target
+from tests.evidence import evidence
+
+simulated = pytest.mark.skipif(not simulates_gpu(), reason="jax older than 0.11 cannot simulate Mosaic GPU kernels")
+WORSE = 1.3
+"""times XLA's own error in the same precision, in root mean squares"""
+
+
+def plain(q, k, v, sinks, seen, rule):
+    """All scores at once in XLA, weights in the dtype of `v`: (output, log-sum-exp)."""
+    groups = q.shape[2] // k.shape[2]
+    k, v = (jnp.repeat(x, groups, axis=2) for x in (k, v))
+    scores = jnp.einsum("btnd,bsnd->bnts", q, k, preferred_element_type=jnp.float32) * rule.scale
+    if rule.soft_cap is not None:
+        scores = rule.soft_cap * jnp.tanh(scores / rule.soft_cap)
+    mask = allowed(rule, ends(seen, (q.shape[1], k.shape[1])))[:, None]
+    scores = jnp.where(mask, scores, -1e30)
+    sink = jnp.full(q.shape[2], -1e30) if sinks is None else sinks
+    every = jnp.concatenate([scores, jnp.broadcast_to(sink[None, :, None, None], (*scores.shape[:3], 1))], -1)
+    lse = jax.nn.logsumexp(every, -1)
+    weights = jnp.where(mask, jnp.exp(scores - lse[..., None]), 0).astype(v.dtype)
+    return jnp.einsum("bnts,bsnd->btnd", weights, v), lse
+
+
+def with_gradients(dtype, operands, d_out, sinks, seen, rule):
+    """Output, log-sum-exp and the gradients of query, key and value of `plain` in one dtype."""
+    cast = [jnp.asarray(x, dtype) for x in operands]
+    (out, lse), gradient = jax.vjp(lambda q, k, v: plain(q, k, v, sinks, seen, rule), *cast)
+    return out, lse, *gradient((d_out.astype(out.dtype), jnp.zeros_like(lse)))
+
+
+def rms(found, wanted):
+    found, wanted = np.asarray(found, np.float64), np.asarray(wanted, np.float64)
+    return np.sqrt(np.mean((found - wanted) ** 2))
+
+
+def check(evidence, shape, rule, config, dtype="bfloat16", seen=Seen(None, None), sinks=None, seed=0):
+    """Compare every result of both passes with float32; record the worst error over XLA's in the same dtype."""
+    batch, queries, keys, heads, kv_heads, head_dim, value_dim = shape
+    rng = np.random.default_rng(seed)
+    draw = lambda *s: jnp.asarray(rng.standard_normal(s), dtype)
+    q, k = draw(batch, queries, heads, head_dim), draw(batch, keys, kv_heads, head_dim)
+    v, d_out = draw(batch, keys, kv_heads, value_dim), draw(batch, queries, heads, value_dim)
+    exact = with_gradients(jnp.float32, (q, k, v), d_out, sinks, seen, rule)
+    same = with_gradients(dtype, (q, k, v), d_out, sinks, seen, rule)
+    with simulated_gpu():
+        assert hopper.refusal(q, k, v, rule, seen, sinks) is None
+        out, lse = hopper.forward(q, k, v, sinks, seen, rule, config)
+        delta = jnp.einsum("btnd,btnd->bnt", d_out.astype(jnp.float32), out.astype(jnp.float32))
+        gradients = hopper.backward(q, k, v, lse, delta, d_out, seen, rule, config)
+    assert [x.dtype for x in (out, lse, *gradients)] == [q.dtype, jnp.float32, q.dtype, k.dtype, v.dtype]
+    empty = np.asarray(exact[1]) < -1e29
+    np.testing.assert_array_equal(np.isneginf(lse), empty)
+    assert not np.asarray(out, np.float32)[empty.transpose(0, 2, 1)].any()
+    lse, exact_lse = (jnp.where(empty, 0, x) for x in (lse, exact[1]))
+    # float32 in any dtype: roundings of the scores' sums, and of the soft cap's 1 - 2 / (1 + exp) near 1, times the cap
+    evidence.record(np.abs(lse - exact_lse).max(), tolerance=2e-6 + 4 * 2**-24 * (rule.soft_cap or 0))
+    names = ("output", "query", "key", "value")
+    for name, mine, its, want in zip(names, (out, *gradients), (same[0], *same[2:]), (exact[0], *exact[2:])):
+        error, allowance = rms(mine, want), WORSE * rms(its, want)
+        assert error <= allowance, f"{name}: {error:.3g} exceeds {allowance:.3g}"
+        evidence.record(error, allowance)
+
+
+def documents(rng, batch, length, count, absent):
+    """Ids of `count` documents in sequence and then absent tokens, of queries and keys."""
+    ids = np.sort(rng.integers(0, count, (batch, length)), axis=1)
+    ids[:, length - absent :] = -1
+    return jnp.asarray(ids, jnp.int32), jnp.asarray(np.where(ids < 0, -2, ids), jnp.int32)
+
+
+ORACLE = "XLA attention and jax.vjp in float32; XLA's own error in the same dtype"
+TOGETHER = hopper.Config(64, 2, 64, 2, 2, 64, 2, dkv_split=False)
+APART = hopper.Config(64, 2, 64, 2, 1, 64, 2, dkv_split=True)
+
+
+@simulated
+@evidence("C15", oracle=ORACLE, code="pallas_kernels.attention.hopper.forward")
+@pytest.mark.parametrize("config", [TOGETHER, APART], ids=["together", "apart"])
+def test_causal_grouped_heads(config, evidence):
+    """Odd lengths; more blocks than buffers, so that every ring turns."""
+    check(evidence, (1, 250, 250, 2, 1, 64, 64), Rule(0.125, True, None, None), config)
+
+
+@simulated
+@evidence("C15", oracle=ORACLE, code="pallas_kernels.attention.hopper.forward")
+def test_documents_sinks_and_soft_cap(evidence):
+    seen = Seen(None, documents(np.random.default_rng(1), 2, 120, 3, absent=20))
+    sinks = jnp.asarray([0.5, -1.0], jnp.float32)
+    check(evidence, (2, 120, 120, 2, 2, 64, 64), Rule(0.125, True, None, 2.0), TOGETHER, seen=seen, sinks=sinks)
+
+
+@simulated
+@evidence("C15", oracle=ORACLE, code="pallas_kernels.attention.hopper.forward")
+def test_positions_in_float16(evidence):
+    """Positions out of order, and a window over them."""
+    rng = np.random.default_rng(2)
+    positions = tuple(jnp.asarray(rng.permutation(170)[None], jnp.int32) for _ in range(2))
+    seen = Seen(positions, documents(rng, 1, 170, 2, absent=0))
+    check(evidence, (1, 170, 170, 1, 1, 64, 64), Rule(0.125, True, (80, None), None), APART, "float16", seen)
+
+
+@simulated
+@evidence("C15", oracle=ORACLE, code="pallas_kernels.attention.hopper.forward")
+def test_window_with_more_keys_than_queries(evidence):
+    check(evidence, (1, 70, 233, 1, 1, 64, 64), Rule(0.125, False, (30, 90), None), TOGETHER)
+
+
+@simulated
+@pytest.mark.slow
+@evidence("C15", oracle=ORACLE, code="pallas_kernels.attention.hopper.forward")
+@pytest.mark.parametrize("dims", hopper.CONFIGS, ids=str)
+@pytest.mark.parametrize("packed", [False, True])
+def test_shipped_configurations(dims, packed, evidence):
+    """Every head dim with the heuristic's blocks: plain causal, and packed with window, cap and sinks."""
+    rule = Rule(dims[0] ** -0.5, True, (150, None) if packed else None, 20.0 if packed else None)
+    seen = Seen(None, documents(np.random.default_rng(3), 1, 300, 2, absent=10) if packed else None)
+    sinks = jnp.asarray([0.3, 0.0]) if packed else None
+    shape = (1, 300, 300, 2, 1, *dims)
+    config = hopper.heuristic(shape, shape, (dims[1],), jnp.bfloat16, rule, "NVIDIA H200")
+    check(evidence, shape, rule, config, seen=seen, sinks=sinks)
+
+
+@simulated
+def test_nan_stays_in_its_sequence():
+    """NaN in absent tokens of one batch element and everywhere in another reaches nothing else."""
+    rng = np.random.default_rng(4)
+    q, k, v = (jnp.asarray(rng.standard_normal((2, 128, 1, 64)), jnp.bfloat16) for _ in range(3))
+    ids = jnp.where(jnp.arange(128) < 100, 0, -1)[None]
+    seen = Seen(None, (ids, jnp.where(ids < 0, -2, ids)))
+    rule = Rule(0.125, True, None, None)
+    spoilt = [x.at[0, 100:].set(jnp.nan).at[1].set(jnp.nan) for x in (q, k, v)]
+    with simulated_gpu():
+        out, lse = hopper.forward(q, k, v, None, seen, rule, TOGETHER)
+        again, lse_again = hopper.forward(*spoilt, None, seen, rule, TOGETHER)
+    np.testing.assert_array_equal(out[0].astype(jnp.float32), again[0].astype(jnp.float32))
+    np.testing.assert_array_equal(lse[0], lse_again[0])
+    assert np.isnan(np.asarray(again[1, 0], np.float32)).all()
+
+
+edges = st.none() | st.integers(0, 300)
+
+
+@settings(deadline=None, max_examples=50)
+@given(
+    lengths=st.tuples(st.integers(1, 400), st.integers(1, 400)),
+    causal=st.booleans(),
+    window=st.none() | st.tuples(edges, edges),
+)
+def test_ranges_and_whole_blocks_follow_the_mask(lengths, causal, window):
+    """By formula: no key outside a tile's range is seen, and all of a block that counts as whole is."""
+    rule, block = Rule(1.0, causal, window, None), 64
+    padded = [-(-n // m) * m for n, m in zip(lengths, (hopper_blocks.TILE, block))]
+    sight = hopper_blocks.Sight(rule, lengths[1], *padded)
+    mask = np.zeros(padded, bool)
+    mask[: lengths[0], : lengths[1]] = allowed(rule, ends(Seen(None, None), lengths))[0]
+    for tile in range(padded[0] // hopper_blocks.TILE):
+        rows = slice(tile * hopper_blocks.TILE, (tile + 1) * hopper_blocks.TILE)
+        first, stop = map(int, hopper_blocks.key_range(sight, SimpleNamespace(), 0, tile, block))
+        assert 0 <= first <= stop <= padded[1] // block
+        assert not mask[rows, : first * block].any()
+        assert not mask[rows, stop * block :].any()
+        for i in range(first, stop):
+            columns = slice(i * block, (i + 1) * block)
+            whole = hopper_blocks.whole_block(
+                sight, SimpleNamespace(), 0, (tile, i), (rows.start, hopper_blocks.TILE), (columns.start, block)
+            )
+            assert not whole or mask[rows, columns][: max(lengths[0] - rows.start, 0)].all()
+    for i in range(padded[1] // block):
+        first, stop = map(int, hopper_blocks.query_range(sight, SimpleNamespace(), 0, i, block, 64))
+        assert 0 <= first <= stop <= padded[0] // 64
+        seen = mask[:, i * block : (i + 1) * block]
+        assert not seen[: first * 64].any()
+        assert not seen[stop * 64 :].any()
+
+
+def test_what_is_refused():
+    """By name, with the reason; what is shipped and what is to be tuned fits the shared memory."""
+    x = jnp.zeros((1, 8, 2, 128), jnp.bfloat16)
+    rule, seen = Rule(0.1, False, None, None), Seen(None, None)
+    assert hopper.refusal(x, x, x, rule, seen, None) is None
+    assert "head dims" in hopper.refusal(x[..., :96], x[..., :96], x[..., :96], rule, seen, None)
+    assert "float32" in hopper.refusal(*[x.astype(jnp.float32)] * 3, rule, seen, None)
+    assert "positive" in hopper.refusal(x, x, x, Rule(-1.0, False, None, None), seen, None)
+    assert "lengths" in hopper.refusal(x[:, :0], x, x, rule, seen, None)
+    for dims in hopper.CONFIGS:
+        shapes = ((1, 512, 8, dims[0]), (1, 512, 2, dims[0]), (1, 512, 2, dims[1]))
+        found = hopper.candidates(*shapes, jnp.bfloat16, rule, "NVIDIA H200")
+        assert found[0] == hopper.heuristic(*shapes, jnp.bfloat16, rule, "NVIDIA H200")
+        assert len(found) > 1
+    with absent_gpu():
+        assert target() == ("gpu", "NVIDIA H200")
+    assert target()[0] == jax.default_backend()
