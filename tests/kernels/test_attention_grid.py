@@ -132,7 +132,7 @@ BUDGET = {"deadline": None, "suppress_health_check": list(HealthCheck), "databas
 
 @pytest.mark.parametrize("form", ["xla", "tiled"])
 def test_grid(form):
-    settings(max_examples=16, **BUDGET)(given(cases((form,)))(check))()
+    settings(max_examples=10, **BUDGET)(given(cases((form,)))(check))()
 
 
 @pytest.mark.slow
