@@ -69,16 +69,30 @@ class Problem:
 def program(
     kernel: str, direction: str, problem: dict[str, Any], config: dict[str, Any], batch: int, heads: int
 ) -> Any:
-    """One pass of a kernel as (function, abstract arguments); the arguments are values of JSON."""
+    """One pass of a kernel as (function, abstract arguments); the arguments are values of JSON.
+
+    The TPU's arrays lie head by head, as its kernels take them: copies are the same for all block sizes.
+    """
     module = import_module(f"pallas_kernels.attention.{kernel}")
     given, fields = Problem(**problem), module.Config(**config)
-    query, key, value = (jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in given.shapes(batch, heads))
+    swap = (lambda x: jnp.swapaxes(x, 1, 2)) if kernel == "tpu" else (lambda x: x)
+    abstract = [jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in given.shapes(batch, heads)]
+    query, key, value = (jax.eval_shape(swap, x) for x in abstract)
     seen = Seen(None, None)
+
+    def forward(q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, ...]:
+        out, lse = module.forward(swap(q), swap(k), swap(v), None, seen, given.rule, fields)
+        return swap(out), lse
+
+    def backward(q: jax.Array, k: jax.Array, v: jax.Array, *rest: jax.Array) -> tuple[jax.Array, ...]:
+        lse, delta, d_out = rest
+        grads = module.backward(swap(q), swap(k), swap(v), lse, delta, swap(d_out), seen, given.rule, fields)
+        return tuple(swap(x) for x in grads)
+
     if direction == "forward":
-        return lambda q, k, v: module.forward(q, k, v, None, seen, given.rule, fields), (query, key, value)
+        return forward, (query, key, value)
     row = jax.ShapeDtypeStruct((batch, heads, given.length), jnp.float32)
-    arguments = (query, key, value, row, row, jax.ShapeDtypeStruct(value.shape, jnp.bfloat16))
-    return lambda *arrays: module.backward(*arrays, seen, given.rule, fields), arguments
+    return backward, (query, key, value, row, row, value)
 
 
 def estimate(chip: str, task: dict[str, Any]) -> tuple[float, str]:

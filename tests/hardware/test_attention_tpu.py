@@ -11,6 +11,7 @@ import pytest
 
 from pallas_kernels._aot import compile_for
 from pallas_kernels.attention.mask import Rule, Seen
+from pallas_kernels.tuned import entries
 from tests.evidence import evidence
 
 TARGETS = ("v5e:2x2", "v5p:2x2x1", "v6e:2x2", "tpu7x:2x2x1")
@@ -31,6 +32,7 @@ def program(
     cap=None,
     extras="",
     passes="fb",
+    config=None,
 ):
     """Forward ("f") and backward ("b") on arrays that already lie head by head, as the kernels take them."""
     tpu = importlib.import_module("pallas_kernels.attention.tpu")
@@ -40,19 +42,19 @@ def program(
     row = jax.ShapeDtypeStruct((1, heads, length), jnp.float32)
     ids = jax.ShapeDtypeStruct((1, length), jnp.int32)
     shapes = tuple((1, length, n, d) for n, d in ((heads, head_dim), (kv_heads, head_dim), (kv_heads, value_dim)))
-    config = tpu.heuristic(*shapes, jnp.dtype(jnp.bfloat16), rule, "TPU v5")
+    found = tpu.heuristic(*shapes, jnp.dtype(jnp.bfloat16), rule, "TPU v5") if config is None else tpu.Config(**config)
     tokens = Seen((ids, ids) if "p" in extras else None, (ids, ids) if "s" in extras else None)
     sinks = jax.ShapeDtypeStruct((heads,), jnp.float32) if "k" in extras else None
     swap = lambda x: jnp.swapaxes(x, 1, 2)
 
     def both(q, k, v, d_out, lse, tokens, sinks):
-        found = ()
+        results = ()
         if "f" in passes:
-            out, lse = tpu.forward(swap(q), swap(k), swap(v), sinks, tokens, rule, config)
-            found = (swap(out), lse)
+            out, lse = tpu.forward(swap(q), swap(k), swap(v), sinks, tokens, rule, found)
+            results = (swap(out), lse)
         if "b" in passes:
-            found += tuple(map(swap, tpu.backward(*map(swap, (q, k, v)), lse, lse, swap(d_out), tokens, rule, config)))
-        return found
+            results += tuple(map(swap, tpu.backward(*map(swap, (q, k, v)), lse, lse, swap(d_out), tokens, rule, found)))
+        return results
 
     return both, (*arrays, row, tokens, sinks)
 
@@ -77,6 +79,17 @@ def test_compiles_for(target, name):
     calls = [call for found in order.values() for call in found if call.startswith("tpu_custom_call")]
     assert sum("attention_forward" in call for call in calls) == 1
     assert sum("attention_backward" in call for call in calls) == 1
+
+
+TUNED = [(target, entry) for target in TARGETS for entry in entries(target.partition(":")[0])]
+
+
+@pytest.mark.parametrize(("target", "entry"), TUNED, ids=lambda x: x if isinstance(x, str) else str(x["causal"]))
+def test_tuned_blocks_fit_with_every_feature(target, entry):
+    """Found for plain attention, used for all: with segments, positions, a cap and sinks they still compile."""
+    arguments = {"length": entry["query_length"], "head_dim": entry["head_dim"], "value_dim": entry["value_dim"]}
+    features = {"causal": entry["causal"], "cap": 30.0, "extras": "psk", "config": entry["config"]}
+    assert compiled(target, **arguments, **features).output_bytes > 0
 
 
 @evidence("C18", oracle="libtpu's estimate for tokamax's splash kernel", code="pallas_kernels.attention.tpu.forward")
