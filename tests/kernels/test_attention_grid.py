@@ -5,6 +5,7 @@ what a case costs is compiling it.
 """
 
 import functools
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -12,8 +13,10 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, seed, settings
 from hypothesis import strategies as st
+from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels import attention
+from pallas_kernels.attention import registry
 from pallas_kernels.attention.tiled import Config
 from tests.kernels.oracle import attend, visible
 
@@ -21,11 +24,12 @@ BATCH = 2
 STEP = 1e-5
 OUTPUT_TOLERANCE = 1e-5  # float32 sums over at most 13 keys, scores up to about 10
 GRADIENT_TOLERANCE = 2e-4  # of sums over every element, whose float32 errors add up
-FORMS = {"reference": ("reference", None), "xla": ("xla", None), "tiled": ("xla", Config(4, 5))}
+FORMS = {"reference": ("reference", None), "xla": ("xla", None), "tiled": ("xla", Config(4, 5)), "tpu": ("tpu", None)}
+PLAIN = ("reference", "xla", "tiled")
 
 
 @st.composite
-def cases(draw, forms=tuple(FORMS)):
+def cases(draw, forms=PLAIN):
     """One combination of features that the function promises to take."""
     kv_heads = draw(st.sampled_from([1, 2]))
     length = draw(st.sampled_from([13, 6, 1]))
@@ -35,8 +39,10 @@ def cases(draw, forms=tuple(FORMS)):
     windowed = (positioned or lengths[0] == lengths[1]) and draw(st.booleans())
     side = st.none() | st.integers(0, 6)
     flag = functools.partial(draw, st.booleans())
+    form = draw(st.sampled_from(forms))
+    biases = [None, (1, 1, 1, 1), (1, 0, 0, 0), (0, 1, 0, 0), (0, 0, 1, 0), (1, 1, 0, 0)]
     return {
-        "form": draw(st.sampled_from(forms)),
+        "form": form,
         "heads": kv_heads * draw(st.sampled_from([1, 2])),
         "kv_heads": kv_heads,
         "dims": draw(st.sampled_from([(4, 4), (6, 3)])),
@@ -48,8 +54,8 @@ def cases(draw, forms=tuple(FORMS)):
         "counted": (flag(), flag()),
         "cap": draw(st.sampled_from([None, 2.0])),
         "sinks": flag(),
-        "bias": draw(st.sampled_from([None, (1, 1, 1, 1), (1, 0, 0, 0), (0, 1, 0, 0), (0, 0, 1, 0), (1, 1, 0, 0)])),
-        "dense": flag(),
+        "bias": draw(st.sampled_from(biases)) if form in PLAIN else None,
+        "dense": form in PLAIN and flag(),
         "seed": draw(st.integers(0, 2**16)),
     }
 
@@ -139,3 +145,15 @@ def test_grid(form):
 @pytest.mark.parametrize("part", range(10))
 def test_grid_of_500(part):
     seed(part)(settings(max_examples=50, **(BUDGET | {"derandomize": False}))(given(cases())(check)))()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("part", range(2))
+def test_grid_of_the_tpu_kernel(part):
+    """The same on the TPU kernel, simulated; it takes neither bias nor dense mask."""
+    with (
+        mock.patch.object(registry, "target", return_value=("tpu", "TPU v5 lite")),
+        pltpu.force_tpu_interpret_mode(pltpu.InterpretParams()),
+    ):
+        options = BUDGET | {"derandomize": False}
+        seed(part)(settings(max_examples=20, **options)(given(cases(("tpu",)))(check)))()
