@@ -19,6 +19,7 @@ from llmjax.nn.rope import Rope, rotate
 from llmjax.nn.sites import site
 from llmjax.parallel.mesh import per_device
 from pallas_kernels.attention import attention
+from pallas_kernels.attention.registry import BACKENDS
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,7 @@ class Attention(Mixer):
     out_bias: bool = False
     """whether the output projection has a bias"""
     implementation: str | None = None
-    """kernel of `pallas_kernels.attention`; None takes the best that fits"""
+    """kernel of `pallas_kernels.attention`: tpu, cudnn, hopper, xla or reference; None takes the best that fits"""
 
     def build(self, d_model: int, layers: int, init: Init, name: str | None = None) -> nn.Module:
         """The Linen module of this config."""
@@ -62,6 +63,8 @@ class Attention(Mixer):
             yield "kv_heads", f"does not divide heads={self.heads}: use {listed}"
         if self.window is not None and self.window < 1:
             yield "window", "must be at least 1 token, or None for no window"
+        if self.implementation is not None and self.implementation not in BACKENDS:
+            yield "implementation", f"is no kernel of attention: use one of {', '.join(BACKENDS)}, or None"
         if self.head_dim is not None and self.rope is not None and self.head_dim % 2:
             yield "head_dim", "must be even for rotary positions"
 

@@ -12,7 +12,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from pallas_kernels.attention.call import Call
 from pallas_kernels.attention.mask import Mask, Rule, Seen, pair, seen
-from pallas_kernels.attention.registry import BACKENDS, choose
+from pallas_kernels.attention.registry import choose
 from pallas_kernels.attention.tiled import Config, column_sums
 from pallas_kernels.attention.vjp import Operands, Visible
 
@@ -62,7 +62,7 @@ def attention(
     described &= mask if isinstance(mask, Mask) else Mask(dense=mask)
     call = checked(Operands(query, key, value, bias, sinks), described, scale, logits_soft_cap)
     call = replace(call, residual=return_residual or return_column_sums, config=config)
-    out, lse = BACKENDS[choose(call, implementation)].run(call)
+    out, lse = choose(call, implementation).run(call)
     if lse is None or not call.residual:
         return out
     results = [out]

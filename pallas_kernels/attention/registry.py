@@ -2,7 +2,6 @@
 
 import functools
 import importlib
-import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from types import ModuleType
@@ -11,20 +10,17 @@ from typing import Any
 import jax
 from jaxtyping import Array
 
+from pallas_kernels import chips, dispatch
 from pallas_kernels.attention import cudnn, tiled
 from pallas_kernels.attention.call import Call
 from pallas_kernels.attention.mask import Rule, allowed, ends
 from pallas_kernels.attention.reference import definition
 from pallas_kernels.attention.vjp import Kernel, Operands, Visible, blockwise
 from pallas_kernels.attention.xla import xla_attention
-from pallas_kernels.chips import target
+from pallas_kernels.dispatch import everywhere, on_hopper, on_tpu
 from pallas_kernels.tuned import tuned
 
-log = logging.getLogger("pallas_kernels")
-
 Result = tuple[Array, Array | None]
-HOPPER = ("H100", "H200", "H20", "GH200", "H800")
-"""What the device kinds of chips with wgmma and TMA contain."""
 
 
 @dataclass(frozen=True)
@@ -37,11 +33,6 @@ class Backend:
     refusal: Callable[[Call], str | None]
     run: Callable[[Call], Result]
     """(output [batch, query_length, heads, value_dim], log-sum-exp [batch, heads, query_length] or None)"""
-
-
-def everywhere(platform: str, device: str) -> bool:
-    """Plain XLA."""
-    return True
 
 
 def reference_refusal(call: Call) -> str | None:
@@ -115,15 +106,10 @@ def run_kernel(name: str, call: Call) -> Result:
     query, key, value, _, _ = call.operands
     config = call.config
     if config is None:
-        shapes, chip = (query.shape, key.shape, value.shape), target()[1]
+        shapes, chip = (query.shape, key.shape, value.shape), chips.target()[1]
         found = tuned(f"attention_{name}", chip, *shapes, query.dtype, call.rule.causal)
         config = module.heuristic(*shapes, query.dtype, call.rule, chip) if found is None else module.Config(**found)
     return blockwise(Kernel(*passes(name), call.rule, config), call.operands, call.visible)
-
-
-def on_hopper(platform: str, device: str) -> bool:
-    """A chip with wgmma and TMA."""
-    return platform == "gpu" and any(name in device for name in HOPPER)
 
 
 def backend_of(name: str, summary: str, runs_on: Callable[[str, str], bool]) -> Backend:
@@ -137,7 +123,7 @@ def on_gpu(platform: str, device: str) -> bool:
 
 
 BACKENDS = {
-    "tpu": backend_of("tpu", "Pallas Mosaic for TPU", lambda platform, device: platform == "tpu"),
+    "tpu": backend_of("tpu", "Pallas Mosaic for TPU", on_tpu),
     "cudnn": Backend("cuDNN through jax.nn", on_gpu, cudnn.refusal, cudnn.run),
     "xla": Backend("plain XLA, blockwise", everywhere, xla_refusal, run_xla),
     "hopper": backend_of("hopper", "Pallas Mosaic GPU for sm_90a", on_hopper),
@@ -146,26 +132,6 @@ BACKENDS = {
 """In the order in which `implementation=None` tries them: the Hopper kernel, run by no chip yet, must be asked for."""
 
 
-def choose(call: Call, implementation: str | Sequence[str] | None) -> str:
-    """The first implementation that can do it, by name; raises ValueError or NotImplementedError with the reasons."""
-    names = (implementation,) if isinstance(implementation, str) else implementation or tuple(BACKENDS)
-    for name in names:
-        if name not in BACKENDS:
-            raise ValueError(f"implementation={implementation!r} is unknown: use one of {', '.join(sorted(BACKENDS))}")
-    platform, device = target()
-    reasons: list[str] = []
-    for name in names:
-        backend = BACKENDS[name]
-        reason = backend.refusal(call) if backend.runs_on(platform, device) else f"does not run on {device}"
-        if reason is None:
-            if implementation is None:
-                announce(name, device, tuple(reasons))
-            return name
-        reasons.append(f'attention "{name}" {reason}')
-    raise NotImplementedError("; ".join(reasons))
-
-
-@functools.cache
-def announce(name: str, device: str, reasons: tuple[str, ...]) -> None:
-    """Say once what was chosen on a device and why not another."""
-    log.info('attention "%s" on %s%s', name, device, "".join(f"; {r}" for r in reasons))
+def choose(call: Call, implementation: str | Sequence[str] | None) -> Backend:
+    """The implementation that makes this call; raises ValueError or NotImplementedError with the reasons."""
+    return BACKENDS[dispatch.choose("attention", BACKENDS, implementation, lambda name: BACKENDS[name].refusal(call))]

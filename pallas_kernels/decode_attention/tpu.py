@@ -11,7 +11,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float
 
-from pallas_kernels.chips import target
+from pallas_kernels import chips
 from pallas_kernels.decode_attention.cache import Blocks, Cache, Config, Rule, key_range
 
 LANES = 128
@@ -93,7 +93,7 @@ def partials(
     size = max(min(config.block_k or columns // kv_heads, cache.capacity) // whole, 1) * whole
     plan = Plan(
         *(queries, heads, kv_heads, cache.page_table.shape[1], batch),
-        *(Blocks.of(page_size, size), config.splits or cores(target()[1]), config.stages or 2, rule),
+        *(Blocks.of(page_size, size), config.splits or cores(chips.target()[1]), config.stages or 2, rule),
     )
     table = jnp.clip(cache.page_table.reshape(-1), 0, cache.key_pages.shape[0] - 1)
     pages = (x.reshape(x.shape[0], page_size * kv_heads, x.shape[3]) for x in cache[:2])

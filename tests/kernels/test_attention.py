@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels import attention
-from pallas_kernels.attention import Mask, registry
+from pallas_kernels import attention, dispatch
+from pallas_kernels.attention import Mask
 from pallas_kernels.attention.tiled import Config
 from tests.evidence import evidence
 from tests.kernels.oracle import attend, visible
@@ -290,7 +290,7 @@ def test_a_sequence_of_names_is_an_order_of_preference():
 
 
 def test_the_choice_is_logged_once(caplog):
-    registry.announce.cache_clear()
+    dispatch.announce.cache_clear()
     with caplog.at_level(logging.INFO, "pallas_kernels"):
         attention(*inputs())
         attention(*inputs())

@@ -15,8 +15,7 @@ from hypothesis import HealthCheck, given, seed, settings
 from hypothesis import strategies as st
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels import attention
-from pallas_kernels.attention import registry
+from pallas_kernels import attention, chips
 from pallas_kernels.attention.tiled import Config
 from tests.kernels.oracle import attend, visible
 
@@ -152,7 +151,7 @@ def test_grid_of_500(part):
 def test_grid_of_the_tpu_kernel(part):
     """The same on the TPU kernel, simulated; it takes neither bias nor dense mask."""
     with (
-        mock.patch.object(registry, "target", return_value=("tpu", "TPU v5 lite")),
+        mock.patch.object(chips, "target", return_value=("tpu", "TPU v5 lite")),
         pltpu.force_tpu_interpret_mode(pltpu.InterpretParams()),
     ):
         options = BUDGET | {"derandomize": False}

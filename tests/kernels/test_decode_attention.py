@@ -13,8 +13,9 @@ import pytest
 from jax._src.pallas.mosaic.interpret import interpret_pallas_call
 from jax.experimental.pallas import tpu as pltpu
 
+from pallas_kernels import chips
 from pallas_kernels._compat import absent_gpu, simulated_gpu, simulates_gpu, tpu_simulation
-from pallas_kernels.decode_attention import decode_attention, registry, xla
+from pallas_kernels.decode_attention import decode_attention, xla
 from pallas_kernels.decode_attention.cache import Blocks, Cache, Config
 from pallas_kernels.decode_attention.registry import choose
 from tests.evidence import evidence
@@ -48,7 +49,7 @@ def paged(
 def simulated_tpu():
     """Programs are for a TPU, whose kernels run on the CPU with memories, copies and races simulated."""
     with (
-        mock.patch.object(registry, "target", return_value=("tpu", "TPU v5 lite")),
+        mock.patch.object(chips, "target", return_value=("tpu", "TPU v5 lite")),
         pltpu.force_tpu_interpret_mode(tpu_simulation(detect_races=True)),
     ):
         yield
