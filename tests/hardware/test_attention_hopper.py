@@ -43,7 +43,7 @@ def passes(head_dim, value_dim, dtype, length, masks):
 
 
 @evidence(
-    "C15", oracle="the CUDA assembler's report: registers and spilled bytes", code="pallas_kernels.attention.hopper"
+    "C18", oracle="the CUDA assembler's report: registers and spilled bytes", code="pallas_kernels.attention.hopper"
 )
 @pytest.mark.parametrize("dims", hopper.CONFIGS, ids=str)
 @pytest.mark.parametrize(("dtype", "length"), [("bfloat16", 4096), ("float16", 1000)])

@@ -93,7 +93,7 @@ APART = hopper.Config(64, 2, 64, 2, 1, 64, 2, dkv_split=True)
 
 
 @simulated
-@evidence("C15", oracle=ORACLE, code="pallas_kernels.attention.hopper.forward")
+@evidence("C01", oracle=ORACLE, code="pallas_kernels.attention.hopper.forward")
 @pytest.mark.parametrize("config", [TOGETHER, APART], ids=["together", "apart"])
 def test_causal_grouped_heads(config, evidence):
     """Odd lengths; more blocks than buffers, so that every ring turns."""
@@ -101,7 +101,7 @@ def test_causal_grouped_heads(config, evidence):
 
 
 @simulated
-@evidence("C15", oracle=ORACLE, code="pallas_kernels.attention.hopper.forward")
+@evidence("C01", oracle=ORACLE, code="pallas_kernels.attention.hopper.forward")
 def test_documents_sinks_and_soft_cap(evidence):
     seen = Seen(None, documents(np.random.default_rng(1), 2, 120, 3, absent=20))
     sinks = jnp.asarray([0.5, -1.0], jnp.float32)
@@ -109,7 +109,7 @@ def test_documents_sinks_and_soft_cap(evidence):
 
 
 @simulated
-@evidence("C15", oracle=ORACLE, code="pallas_kernels.attention.hopper.forward")
+@evidence("C01", oracle=ORACLE, code="pallas_kernels.attention.hopper.forward")
 def test_positions_in_float16(evidence):
     """Positions out of order, and a window over them."""
     rng = np.random.default_rng(2)
@@ -119,14 +119,14 @@ def test_positions_in_float16(evidence):
 
 
 @simulated
-@evidence("C15", oracle=ORACLE, code="pallas_kernels.attention.hopper.forward")
+@evidence("C01", oracle=ORACLE, code="pallas_kernels.attention.hopper.forward")
 def test_window_with_more_keys_than_queries(evidence):
     check(evidence, (1, 70, 233, 1, 1, 64, 64), Rule(0.125, False, (30, 90), None), TOGETHER)
 
 
 @simulated
 @pytest.mark.slow
-@evidence("C15", oracle=ORACLE, code="pallas_kernels.attention.hopper.forward")
+@evidence("C01", oracle=ORACLE, code="pallas_kernels.attention.hopper.forward")
 @pytest.mark.parametrize("dims", hopper.CONFIGS, ids=str)
 @pytest.mark.parametrize("packed", [False, True])
 def test_shipped_configurations(dims, packed, evidence):
