@@ -6,6 +6,7 @@ a time, so that products and exponentials of different parts overlap.
 """
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -137,19 +138,7 @@ def forward(
         "sinks": None if sinks is None else sinks.astype(total),
     }
 
-    def query_at(b: Any, n: Any, i: Any, s: Any, table: Any) -> tuple[Any, Any, Any, int]:
-        return b, n, i, 0
-
-    def key_at(b: Any, n: Any, i: Any, s: Any, table: Any) -> tuple[Any, Any, Any, int]:
-        return b, quotient(n, heads // kv_heads), tiling.locate(b, i, s, table)[0], 0
-
-    specs = {
-        "query": pl.BlockSpec((None, None, block_q, head_dim), query_at),
-        "key": pl.BlockSpec((None, None, block_k, head_dim), key_at),
-        "value": pl.BlockSpec((None, None, block_k, value_dim), key_at),
-        "ids": id_specs(tiling, ids, lambda *at: query_at(*at)[::2][:2], lambda *at: key_at(*at)[::2][:2]),
-        "sinks": None if sinks is None else pl.BlockSpec(memory_space=pltpu.SMEM),
-    }
+    specs, query_at = blocks(tiling, heads // kv_heads, (head_dim, value_dim), ids, sinks)
     padded = tiling.rows * block_q
     # Two cores share a parallel axis in halves: rows of a causal mask would be unequal ones, heads are not.
     order: Any = ("parallel", "parallel", "parallel" if batch * heads == 1 else "arbitrary", "arbitrary")
@@ -174,6 +163,27 @@ def forward(
         name="attention_forward",
     )(table, operands)
     return jnp.swapaxes(out[:, :, :length], 1, 2), lse[:, :, 0, :length]
+
+
+def blocks(
+    tiling: Tiling, group: int, dims: tuple[int, int], ids: Any, sinks: Array | None
+) -> tuple[dict[str, Any], Callable[..., tuple[Any, ...]]]:
+    """The block of each operand that a step of the grid works on, and the index of its block of queries."""
+
+    def query_at(b: Any, n: Any, i: Any, s: Any, table: Any) -> tuple[Any, Any, Any, int]:
+        return b, n, i, 0
+
+    def key_at(b: Any, n: Any, i: Any, s: Any, table: Any) -> tuple[Any, Any, Any, int]:
+        return b, quotient(n, group), tiling.locate(b, i, s, table)[0], 0
+
+    specs = {
+        "query": pl.BlockSpec((None, None, tiling.block_q, dims[0]), query_at),
+        "key": pl.BlockSpec((None, None, tiling.block_k, dims[0]), key_at),
+        "value": pl.BlockSpec((None, None, tiling.block_k, dims[1]), key_at),
+        "ids": id_specs(tiling, ids, lambda *at: query_at(*at)[::2][:2], lambda *at: key_at(*at)[::2][:2]),
+        "sinks": None if sinks is None else pl.BlockSpec(memory_space=pltpu.SMEM),
+    }
+    return specs, query_at
 
 
 def forward_kernel(
