@@ -123,12 +123,12 @@ def measure(task: dict[str, Any]) -> tuple[float, str]:
     return 1e3 * float(np.median(interleaved({"": lambda: jitted(*arrays)})[""])), "ms"
 
 
-def tasks(kernel: str, device_kind: str, problems: list[Problem]) -> Iterator[dict[str, Any]]:
+def tasks(kernel: str, problems: list[Problem]) -> Iterator[dict[str, Any]]:
     """Every distinct forward and backward pass among the kernel's candidates, problem by problem."""
     module = import_module(f"pallas_kernels.attention.{kernel}")
     for problem in problems:
         shapes = problem.shapes(1, WIDTH // problem.head_dim)
-        found = module.candidates(*shapes, jnp.dtype(jnp.bfloat16), problem.rule, device_kind)
+        found = module.candidates(*shapes, jnp.dtype(jnp.bfloat16), problem.rule)
         for direction in ("forward", "backward"):
             known = set()
             for config in map(dataclasses.asdict, found):
@@ -252,7 +252,7 @@ def main() -> None:
     dims = [pair for pair in HEAD_DIMS if pair[0] in given.head_dims]
     problems = [Problem(n, *pair, causal) for n in given.lengths for pair in dims for causal in (True, False)]
     log = given.log or Path(".cache/tune") / f"{here.name}.jsonl"
-    todo = list(tasks(kernel, here.kinds[0], problems))
+    todo = list(tasks(kernel, problems))
     results = run(log, todo, cost, given.minutes)
     entries = best(todo, results, source)
     if entries:

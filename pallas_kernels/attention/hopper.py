@@ -69,7 +69,6 @@ def heuristic(
     value_shape: tuple[int, ...],
     dtype: Any,
     rule: Rule,
-    chip: str,
 ) -> Config:
     """Block sizes where tuning has found none: by the head dims, to which registers and shared memory bind them."""
     dims = (query_shape[-1], value_shape[-1])
@@ -85,7 +84,6 @@ def candidates(
     value_shape: tuple[int, ...],
     dtype: Any,
     rule: Rule,
-    chip: str,
 ) -> list[Config]:
     """Configurations worth measuring, the heuristic's first; all fit the shared memory, not all the registers.
 

@@ -106,9 +106,9 @@ def run_kernel(name: str, call: Call) -> Result:
     query, key, value, _, _ = call.operands
     config = call.config
     if config is None:
-        shapes, chip = (query.shape, key.shape, value.shape), chips.target()[1]
-        found = tuned(f"attention_{name}", chip, *shapes, query.dtype, call.rule.causal)
-        config = module.heuristic(*shapes, query.dtype, call.rule, chip) if found is None else module.Config(**found)
+        shapes = (query.shape, key.shape, value.shape)
+        found = tuned(f"attention_{name}", chips.target()[1], *shapes, query.dtype, call.rule.causal)
+        config = module.heuristic(*shapes, query.dtype, call.rule) if found is None else module.Config(**found)
     return blockwise(Kernel(*passes(name), call.rule, config), call.operands, call.visible)
 
 

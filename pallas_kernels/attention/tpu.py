@@ -52,7 +52,6 @@ def heuristic(
     value_shape: tuple[int, ...],
     dtype: Any,
     rule: Rule,
-    chip: str,
 ) -> Config:
     """Block sizes for these shapes (`[batch, length, heads, head_dim]`) where no tuned ones are known."""
     lanes = sum(-(-shape[-1] // LANES) * LANES for shape in (key_shape, value_shape))
@@ -74,10 +73,9 @@ def candidates(
     value_shape: tuple[int, ...],
     dtype: Any,
     rule: Rule,
-    chip: str,
 ) -> list[Config]:
     """Configurations worth trying, the heuristic one first; each distinct after fitting to the lengths."""
-    start = heuristic(query_shape, key_shape, value_shape, dtype, rule, chip)
+    start = heuristic(query_shape, key_shape, value_shape, dtype, rule)
     found = [start]
     for block_q, block_k, compute in (
         *((2048, 1024, 512), (1024, 2048, 512), (1024, 1024, 256), (1024, 1024, 1024), (1024, 512, 512)),

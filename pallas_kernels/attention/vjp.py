@@ -36,14 +36,13 @@ class Visible(NamedTuple):
     dense: Bool[Array, "#batch #heads #query_length #key_length"] | None
 
 
-Forward = Callable[[Operands, Visible], tuple[Array, Array]]
-"""(operands, visible) -> out [batch, query_length, heads, value_dim], lse [batch, heads, query_length] float32."""
-Backward = Callable[[Operands, Visible, Array, Array, Array], tuple[Array, Array, Array, Array | None]]
-"""(operands, visible, lse, delta, d_out) -> gradients of query, key, value, and bias where there is one."""
-
-
 class Kernel(NamedTuple):
-    """A forward and a backward pass, hashable so that they may be static."""
+    """A forward and a backward pass, hashable so that they may be static.
+
+    forward(operands, visible, rule, config) gives out [batch, query_length, heads, value_dim] and lse [batch, heads,
+    query_length]; backward(operands, visible, lse, delta, d_out, rule, config) the gradients of query, key, value and,
+    where there is one, bias.
+    """
 
     forward: Callable[..., tuple[Array, Array]]
     backward: Callable[..., tuple[Array, Array, Array, Array | None]]

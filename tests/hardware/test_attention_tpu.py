@@ -42,7 +42,7 @@ def program(
     row = jax.ShapeDtypeStruct((1, heads, length), jnp.float32)
     ids = jax.ShapeDtypeStruct((1, length), jnp.int32)
     shapes = tuple((1, length, n, d) for n, d in ((heads, head_dim), (kv_heads, head_dim), (kv_heads, value_dim)))
-    found = tpu.heuristic(*shapes, jnp.dtype(jnp.bfloat16), rule, "TPU v5") if config is None else tpu.Config(**config)
+    found = tpu.heuristic(*shapes, jnp.dtype(jnp.bfloat16), rule) if config is None else tpu.Config(**config)
     tokens = Seen((ids, ids) if "p" in extras else None, (ids, ids) if "s" in extras else None)
     sinks = jax.ShapeDtypeStruct((heads,), jnp.float32) if "k" in extras else None
     swap = lambda x: jnp.swapaxes(x, 1, 2)

@@ -135,7 +135,7 @@ def test_shipped_configurations(dims, packed, evidence):
     seen = Seen(None, documents(np.random.default_rng(3), 1, 300, 2, absent=10) if packed else None)
     sinks = jnp.asarray([0.3, 0.0]) if packed else None
     shape = (1, 300, 300, 2, 1, *dims)
-    config = hopper.heuristic(shape, shape, (dims[1],), jnp.bfloat16, rule, "NVIDIA H200")
+    config = hopper.heuristic(shape, shape, (dims[1],), jnp.bfloat16, rule)
     check(evidence, shape, rule, config, seen=seen, sinks=sinks)
 
 
@@ -203,8 +203,8 @@ def test_what_is_refused():
     assert "lengths" in hopper.refusal(x[:, :0], x, x, rule, seen, None)
     for dims in hopper.CONFIGS:
         shapes = ((1, 512, 8, dims[0]), (1, 512, 2, dims[0]), (1, 512, 2, dims[1]))
-        found = hopper.candidates(*shapes, jnp.bfloat16, rule, "NVIDIA H200")
-        assert found[0] == hopper.heuristic(*shapes, jnp.bfloat16, rule, "NVIDIA H200")
+        found = hopper.candidates(*shapes, jnp.bfloat16, rule)
+        assert found[0] == hopper.heuristic(*shapes, jnp.bfloat16, rule)
         assert len(found) > 1
     with absent_gpu():
         assert target() == ("gpu", "NVIDIA H200")

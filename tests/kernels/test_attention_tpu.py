@@ -329,8 +329,8 @@ def test_refusals_say_why(change, reason):
 
 def test_the_heuristic_is_the_first_candidate_and_none_comes_twice():
     shapes = ((1, 4096, 8, 128), (1, 4096, 2, 128), (1, 4096, 2, 128))
-    found = tpu.candidates(*shapes, jnp.bfloat16, rule(causal=True), "TPU v5")
-    assert found[0] == tpu.heuristic(*shapes, jnp.bfloat16, rule(causal=True), "TPU v5")
+    found = tpu.candidates(*shapes, jnp.bfloat16, rule(causal=True))
+    assert found[0] == tpu.heuristic(*shapes, jnp.bfloat16, rule(causal=True))
     assert len(found) == len(set(found)) > 5
 
 
