@@ -14,6 +14,7 @@ from llmjax.experiment import Experiment
 from llmjax.nn.attention import Attention
 from llmjax.nn.block import Block
 from llmjax.nn.decoder import Decoder
+from llmjax.nn.masks import Window
 from llmjax.nn.mlp import GLU
 from llmjax.train.config import Train
 from llmjax.train.optimizers import AdamW
@@ -34,4 +35,4 @@ def experiment() -> Experiment:
 
 def windowed() -> Experiment:
     """The same with attention over the last 32 bytes only: how a variant is written."""
-    return with_(with_(experiment(), "name", "tiny-windowed"), "model.pattern.0.mixer.window", 32)
+    return with_(with_(experiment(), "name", "tiny-windowed"), "model.pattern.0.mixer.mask", Window(32))

@@ -23,7 +23,7 @@ from types import ModuleType
 from typing import Any
 
 from llmjax.config import ConfigError, did_you_mean, diff, from_dict, override, to_dict, validate
-from llmjax.data import BPE, Data
+from llmjax.data import BPE, Data, Dataset
 from llmjax.decode.config import Generate
 from llmjax.nn.decoder import Decoder
 from llmjax.nn.model import Model
@@ -54,8 +54,8 @@ class Experiment:
     """name of the run in reports and of its default run directory"""
     model: Model = Decoder(vocab=BPE().vocab_size)
     """the network"""
-    data: Data = Data()
-    """source, tokenizer, packing and batch shape"""
+    data: Dataset = Data()
+    """what is read, and the shape of a batch"""
     objective: Objective = NextToken()
     """the loss"""
     optimizer: Optimizer = AdamW()
@@ -74,9 +74,9 @@ class Experiment:
         positions = getattr(getattr(self.model, "positions", None), "length", None)
         if positions is not None and self.data.length > positions:
             yield "data.length", f"exceeds the {positions} learned positions: raise model.positions.length"
-        vocab, wanted = getattr(self.model, "vocab", None), getattr(self.data.tokenizer, "vocab_size", None)
+        vocab, wanted = getattr(self.model, "vocab", None), self.data.vocab()
         if vocab is not None and wanted is not None and vocab < wanted:
-            yield "model.vocab", f"is below data.tokenizer.vocab_size={wanted}: raise it, or train a smaller tokenizer"
+            yield "model.vocab", f"is below the {wanted} token ids of data: raise it, or make fewer ids"
         parts = self.train.accumulate * max(self.mesh.data, 1) * self.mesh.fsdp
         if self.data.batch_size % parts:
             why = "does not split over train.accumulate x mesh.data x mesh.fsdp"

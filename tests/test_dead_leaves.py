@@ -26,6 +26,7 @@ from llmjax.nn.attention import Attention
 from llmjax.nn.block import Block
 from llmjax.nn.decoder import Decoder
 from llmjax.nn.initializers import FanInInit, LlamaInit
+from llmjax.nn.masks import Window
 from llmjax.nn.mlp import GLU, MLP
 from llmjax.nn.model import draw
 from llmjax.nn.norms import LayerNorm, RMSNorm
@@ -62,7 +63,7 @@ GROUPS = (Group(path="embed", learning_rate=0.5, weight_decay=0.2), Group(path="
 def base() -> Experiment:
     """Small, with every optional part switched on so that its leaves exist."""
     first = Block(
-        mixer=Attention(heads=4, kv_heads=2, head_dim=4, window=5, qk_norm=RMSNorm(), soft_cap=5.0),
+        mixer=Attention(heads=4, kv_heads=2, head_dim=4, mask=Window(5), qk_norm=RMSNorm(), soft_cap=5.0),
         mlp=GLU(d_ff=24),
         dropout=0.1,
     )

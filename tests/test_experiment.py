@@ -273,7 +273,7 @@ def test_learned_positions_bound_the_length():
 
 
 def test_the_model_holds_the_vocabulary():
-    with pytest.raises(ConfigError, match=r"^model.vocab=256 is below data.tokenizer.vocab_size=2048: raise it"):
+    with pytest.raises(ConfigError, match=r"^model.vocab=256 is below the 2048 token ids of data: raise it"):
         configs.validate(Experiment(model=Decoder(vocab=256)))
 
 

@@ -9,6 +9,7 @@ from llmjax.data.byte_tokenizer import Bytes
 from llmjax.data.codec import Codec
 from llmjax.data.concat_and_split import ConcatAndSplit
 from llmjax.data.corpus import write_token_shards
+from llmjax.data.dataset import Batches, Dataset
 from llmjax.data.first_fit import FirstFit
 from llmjax.data.hugging_face import HuggingFace
 from llmjax.data.in_memory import InMemory
@@ -20,6 +21,7 @@ from llmjax.data.parquet import Parquet
 from llmjax.data.pipeline import Data, Pipeline
 from llmjax.data.python_docs import PythonDocs
 from llmjax.data.source import Source
+from llmjax.data.synthetic import Synthetic
 from llmjax.data.text_files import TextFiles
 from llmjax.data.tfds import TFDS
 from llmjax.data.token_shards import TokenShards
@@ -31,10 +33,12 @@ __all__ = [
     "JSONL",
     "TFDS",
     "ArrayRecord",
+    "Batches",
     "Bytes",
     "Codec",
     "ConcatAndSplit",
     "Data",
+    "Dataset",
     "FirstFit",
     "HuggingFace",
     "InMemory",
@@ -45,6 +49,7 @@ __all__ = [
     "Pipeline",
     "PythonDocs",
     "Source",
+    "Synthetic",
     "TextFiles",
     "TokenShards",
     "Tokenizer",

@@ -73,8 +73,8 @@ def document_pieces(starts: Int64[np.ndarray, "documents+1"], length: int) -> In
 
 
 def empty_batch(rows: int, length: int) -> Batch:
-    """A batch of padding: every array [rows, length], all zero."""
-    batch = {name: np.zeros((rows, length), np.int32) for name in INTEGERS}
+    """A batch of padding: every array [rows, length], positions -1, all else zero."""
+    batch = {name: np.full((rows, length), -(name == "positions"), np.int32) for name in INTEGERS}
     return batch | {"loss_mask": np.zeros((rows, length), np.float32)}
 
 

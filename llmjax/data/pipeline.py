@@ -14,6 +14,7 @@ from llmjax.data.bpe import BPE
 from llmjax.data.codec import Codec
 from llmjax.data.concat_and_split import ConcatAndSplit
 from llmjax.data.corpus import Corpus
+from llmjax.data.dataset import Batches, Dataset
 from llmjax.data.packing import Batch, Packing, Plan, empty_batch, fill_row
 from llmjax.data.python_docs import PythonDocs
 from llmjax.data.reading import Reading, Split, cache_folder, digest
@@ -22,8 +23,8 @@ from llmjax.data.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True)
-class Data:
-    """What a run reads: documents, how they become tokens, and how tokens become batches."""
+class Data(Dataset):
+    """Documents, how they become tokens, and how tokens become batches."""
 
     source: Source = field(default_factory=PythonDocs)
     """Where the documents come from."""
@@ -31,10 +32,6 @@ class Data:
     """How text becomes token ids."""
     packing: Packing = field(default_factory=ConcatAndSplit)
     """How documents become rows."""
-    length: int = 256
-    """Tokens in a row."""
-    batch_size: int = 8
-    """Rows in a global batch, over all devices and microbatches."""
     on_error: Literal["raise", "skip"] = "raise"
     """At a record that cannot be read: stop, or count it and go on."""
     cache_dir: str | None = None
@@ -48,12 +45,9 @@ class Data:
         """
         return Pipeline(self, seed, Reading(cache_folder(cache_dir or self.cache_dir), self.on_error))
 
-    def problems(self) -> Iterator[tuple[str, str]]:
-        """Yield (field, why it is wrong and what would be right)."""
-        if self.length < 1:
-            yield "length", "is no number of tokens: use for example 256"
-        if self.batch_size < 1:
-            yield "batch_size", "is no number of rows: use for example 8"
+    def vocab(self) -> int | None:
+        """Ids of the tokenizer, where its config names them."""
+        return getattr(self.tokenizer, "vocab_size", None)
 
 
 class Part(NamedTuple):
@@ -67,17 +61,8 @@ class Part(NamedTuple):
     validation_plan: Plan | None
 
 
-class Pipeline:
-    """Random access to the batches of a run.
-
-    A batch is a dict of arrays [batch, length]: tokens, targets, positions (from 0 in each segment), segment_ids (1,
-    2, ...; 0 is padding) and target_bytes (UTF-8 bytes that the target stands for) in int32, loss_mask in float32.
-
-    Attributes:
-        tokenizer: the tokenizer, ready for use.
-        fingerprint: content hash of all that the batches depend on, but for the seed.
-        skipped: bad records left out (on_error="skip").
-    """
+class Pipeline(Batches):
+    """The batches that documents make; `skipped` counts bad records left out (on_error="skip")."""
 
     def __init__(self, config: Data, seed: int, reading: Reading) -> None:
         """Tokenise and plan; `Data.build` is the way here."""

@@ -1,9 +1,8 @@
-"""Multi-head softmax attention: MHA, GQA and MQA; causal, full or windowed; rotary positions, QK-norm, soft cap."""
+"""Multi-head softmax attention: MHA, GQA and MQA under any mask; rotary positions, QK-norm, soft cap, sinks, gate."""
 
-import functools
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import flax.linen as nn
 import jax
@@ -12,13 +11,13 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from llmjax.nn.initializers import Init
-from llmjax.nn.linear import Linear
+from llmjax.nn.linear import Linear, parameter
+from llmjax.nn.masks import AttentionMask, Full
 from llmjax.nn.mixer import Context, Mixer, State
 from llmjax.nn.norms import Norm
 from llmjax.nn.rope import Rope, rotate
+from llmjax.nn.scores import scores_of
 from llmjax.nn.sites import site
-from llmjax.parallel.mesh import per_device
-from pallas_kernels.attention import attention
 from pallas_kernels.attention.registry import BACKENDS
 
 
@@ -34,14 +33,20 @@ class Attention(Mixer):
     """features a head; None is d_model / heads"""
     causal: bool = True
     """whether a token sees only itself and the past"""
-    window: int | None = None
-    """tokens seen, itself included: (i - window, i] where causal, |i - j| < window where not; None is all"""
+    mask: AttentionMask = Full()
+    """which keys a token sees, beside causality and documents"""
     rope: Rope | None = Rope()
-    """rotary positions; None where positions are absolute or absent"""
+    """rotary positions; None where positions are absolute, absent, or a bias by distance"""
     qk_norm: Norm | None = None
     """normalisation of queries and keys over head_dim (Henry et al. 2020, 2010.04245)"""
     soft_cap: float | None = None
     """scores become cap tanh(score / cap) (Gemma 2, 2408.00118)"""
+    scale: float | None = None
+    """factor of the scores; None is 1 / sqrt(head_dim) (Gemma 2 and T5 have another)"""
+    sinks: bool = False
+    """whether each head has a learned score without a value (gpt-oss, 2508.10925; Sun et al. 2024, 2402.17762)"""
+    gate: bool = False
+    """whether sigmoid(x W) multiplies each head's output, feature by feature (Qiu et al. 2025, 2505.06708)"""
     bias: bool = False
     """whether query, key and value projections have a bias"""
     out_bias: bool = False
@@ -61,20 +66,23 @@ class Attention(Mixer):
             divisors = [str(n) for n in range(1, self.heads + 1) if self.heads % n == 0]
             listed = " or ".join(filter(None, [", ".join(divisors[:-1]), divisors[-1]]))
             yield "kv_heads", f"does not divide heads={self.heads}: use {listed}"
-        if self.window is not None and self.window < 1:
-            yield "window", "must be at least 1 token, or None for no window"
         if self.implementation is not None and self.implementation not in BACKENDS:
             yield "implementation", f"is no kernel of attention: use one of {', '.join(BACKENDS)}, or None"
-        if self.head_dim is not None and self.rope is not None and self.head_dim % 2:
-            yield "head_dim", "must be even for rotary positions"
 
     def problems_at(self, d_model: int) -> Iterator[tuple[str, str]]:
-        """Heads that do not divide the model's width."""
-        if self.head_dim is None and self.heads > 0:
-            if d_model % self.heads:
-                yield "heads", f"does not divide d_model={d_model}: change it, or give head_dim"
-            elif self.rope is not None and d_model // self.heads % 2:
-                yield "heads", f"makes heads of {d_model // self.heads} features: rotary positions need an even number"
+        """Heads that do not divide the model's width, rotations that do not fit a head."""
+        if self.head_dim is None and (self.heads < 1 or d_model % self.heads):
+            yield "heads", f"does not divide d_model={d_model}: change it, or give head_dim"
+        elif self.rope is not None:
+            yield from ((f"rope.{field}", why) for field, why in self.rope.problems_at(self.sizes(d_model)[2]))
+
+    def sees_future(self) -> bool:
+        """Where it is not causal."""
+        return not self.causal
+
+    def distance_heads(self) -> int | None:
+        """All heads, where the scores hold no other positions and no cap comes before the bias."""
+        return self.heads if self.rope is None and self.soft_cap is None else None
 
     def sizes(self, d_model: int) -> tuple[int, int, int]:
         """(heads, kv_heads, head_dim) with the defaults filled in."""
@@ -87,26 +95,18 @@ class Attention(Mixer):
         return {"key": jnp.zeros(shape, dtype), "value": jnp.zeros(shape, dtype)}
 
     def matmul_params(self, d_model: int) -> int:
-        """Weights of the four projections."""
+        """Weights of the projections, the gate's among them."""
         heads, kv_heads, head_dim = self.sizes(d_model)
-        return 2 * d_model * (heads + kv_heads) * head_dim
+        return (2 * (heads + kv_heads) + self.gate * heads) * d_model * head_dim
 
     def mixing_flops(self, d_model: int, length: int) -> float:
-        """4 heads head_dim pairs / length, where pairs are the (query, key) pairs that the mask lets through."""
+        """4 heads head_dim for every key that a query sees."""
         heads, _, head_dim = self.sizes(d_model)
-        reach = min(self.window or length, length)
-        past = reach * length - reach * (reach - 1) / 2
-        pairs = past if self.causal else 2 * past - length
-        return 4 * heads * head_dim * pairs / length
-
-    def state_bytes_per_token(self, d_model: int, itemsize: int) -> int:
-        """One key and one value."""
-        _, kv_heads, head_dim = self.sizes(d_model)
-        return 2 * kv_heads * head_dim * itemsize
+        return 4 * heads * head_dim * self.mask.keys_seen(length, self.causal)
 
 
 class AttentionModule(nn.Module):
-    """Owns `query`, `key`, `value` and `out`; sites q, k, v (after norm and rotation) and z (each head's output)."""
+    """Owns `query`, `key`, `value`, `out`, perhaps `sinks` and `gate`; sites q, k, v (as scored), z (heads' output)."""
 
     config: Attention
     d_model: int
@@ -121,23 +121,17 @@ class AttentionModule(nn.Module):
         c = self.config
         heads, _, head_dim = c.sizes(self.d_model)
         q, k, v = self.project(x, context)
-        positions: tuple[Array | None, Array | None] = (None, None)
         if state is not None and context.cache is not None:
             slot = context.cache.slot
             state = {"key": store(state["key"], k, slot), "value": store(state["value"], v, slot)}
             k, v = state["key"].astype(q.dtype), state["value"].astype(q.dtype)
-            positions = (context.positions, context.cache.positions)
-        reach = None if c.window is None else (c.window - 1, 0 if c.causal else c.window - 1)
-        kernel = functools.partial(
-            attend,
-            is_causal=c.causal,
-            local_window_size=reach,
-            logits_soft_cap=c.soft_cap,
-            implementation=c.implementation,
-        )
-        heads_of = ("batch", None, "kv_heads", None)
-        names = (heads_of, heads_of, heads_of, *3 * (("batch", None),))
-        z = per_device(kernel, names, heads_of, q, k, v, context.segment_ids, *positions)
+        sinks = parameter(self, "sinks", jax.nn.initializers.zeros, (heads,), ("heads",)) if c.sinks else None
+        scale = 1 / math.sqrt(head_dim) if c.scale is None else c.scale
+        rules = dict(scale=scale, causal=c.causal, soft_cap=c.soft_cap, implementation=c.implementation)
+        z = c.mask.attend(scores_of(q, k, v, context, sinks=sinks, **rules))
+        if c.gate:
+            kernel, axes = self.initializer.kernel(self.d_model), ("d_model", "heads", "head_dim")
+            z = z * jax.nn.sigmoid(Linear((self.d_model,), (heads, head_dim), axes, kernel, name="gate")(x))
         z = site(self, "z", z)
         residual = self.initializer.residual(heads * head_dim, self.layers)
         inputs, axes = (heads, head_dim), ("heads", "head_dim", "d_model")
@@ -159,20 +153,6 @@ class AttentionModule(nn.Module):
         if c.rope is not None:
             q, k = rotate(q, context.positions, c.rope), rotate(k, context.positions, c.rope)
         return site(self, "q", q), site(self, "k", k), site(self, "v", v)
-
-
-def attend(
-    q: Float[Array, "batch length heads head_dim"],
-    k: Float[Array, "batch cache kv_heads head_dim"],
-    v: Float[Array, "batch cache kv_heads head_dim"],
-    segment_ids: Int[Array, "batch length"] | None,
-    query_positions: Int[Array, "batch length"] | None,
-    key_positions: Int[Array, "batch cache"] | None,
-    **options: Any,
-) -> Float[Array, "batch length heads head_dim"]:
-    """`attention` with its arrays in order, those that a mesh splits."""
-    positions = None if query_positions is None or key_positions is None else (query_positions, key_positions)
-    return attention(q, k, v, segment_ids=segment_ids, positions=positions, **options)
 
 
 def store(

@@ -35,6 +35,14 @@ class Block:
         if not 0 <= self.dropout < 1:
             yield "dropout", "must be at least 0 and below 1"
 
+    def problems_at(self, d_model: int) -> Iterator[tuple[str, str]]:
+        """Fields of the mixer that do not fit a model of this width."""
+        return ((f"mixer.{field}", why) for field, why in self.mixer.problems_at(d_model))
+
+    def sees_future(self) -> bool:
+        """Whether a token's output depends on later tokens."""
+        return self.mixer.sees_future() or (self.mlp is not None and self.mlp.sees_future())
+
     def matmul_params(self, d_model: int) -> int:
         """Weights that multiply each token."""
         return self.mixer.matmul_params(d_model) + (self.mlp.matmul_params(d_model) if self.mlp else 0)
@@ -70,7 +78,7 @@ class BlockModule(nn.Module):
             normed = c.norm.build("mlp_norm")(middle)
         elif c.order == "post":
             normed = middle
-        out = middle + site(self, "mlp_out", self.drop(mlp(normed), context))
+        out = middle + site(self, "mlp_out", self.drop(mlp(normed, context), context))
         if c.order == "post":
             out = c.norm.build("mlp_norm")(out)
         return site(self, "resid_post", out), state

@@ -1,19 +1,20 @@
 """Decoder-only language model: a repeated pattern of blocks between a token embedding and a readout head."""
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from llmjax.nn.block import Block, BlockModule
+from llmjax.nn.distance import DistanceBias
 from llmjax.nn.initializers import GPT2Init, Init
 from llmjax.nn.linear import parameter
-from llmjax.nn.mixer import Cache, Context
+from llmjax.nn.mixer import Cache, Context, Distance
 from llmjax.nn.model import Features, Model
 from llmjax.nn.norms import Norm, RMSNorm
 from llmjax.nn.positions import Positions
@@ -36,6 +37,8 @@ class Decoder(Model):
     """normalisation before the head; None for post-norm stacks"""
     positions: Positions | None = None
     """absolute positions added to the embeddings; None where attention rotates, or for no positions"""
+    distance: DistanceBias | None = None
+    """a bias of the scores by distance, one table for the attention of all layers (T5, ALiBi)"""
     tied: bool = False
     """whether the head is the transposed embedding table"""
     soft_cap: float | None = None
@@ -65,8 +68,11 @@ class Decoder(Model):
         if not 0 <= self.dropout < 1:
             yield "dropout", "must be at least 0 and below 1"
         for i, block in enumerate(self.pattern):
-            for field, why in block.mixer.problems_at(self.d_model):
-                yield f"pattern.{i}.mixer.{field}", why
+            yield from ((f"pattern.{i}.{field}", why) for field, why in block.problems_at(self.d_model))
+            if block.sees_future():
+                yield f"pattern.{i}", "sees later tokens, which a decoder is to predict: give it to an Encoder"
+        if self.distance is not None:
+            yield from distance_problems(self.pattern)
         for field, why in () if self.positions is None else self.positions.problems_at(self.d_model):
             yield f"positions.{field}", why
 
@@ -92,9 +98,10 @@ class Decoder(Model):
         return 6 * weights + 3 * mixing
 
     def kv_bytes_per_token(self, dtype: DTypeLike) -> int:
-        """Bytes of decode state that one more token of context costs, over all layers."""
-        repeats, itemsize = self.layers // len(self.pattern), jnp.dtype(dtype).itemsize
-        return repeats * sum(b.mixer.state_bytes_per_token(self.d_model, itemsize) for b in self.pattern)
+        """Bytes of decode state that one more token of context costs, over all layers, beyond a long context."""
+        repeats, far = self.layers // len(self.pattern), 2**20
+        near, twice = (sum(b.mixer.state_bytes(self.d_model, n, dtype) for b in self.pattern) for n in (far, 2 * far))
+        return repeats * (twice - near) // far
 
 
 class DecoderModule(nn.Module):
@@ -110,18 +117,21 @@ class DecoderModule(nn.Module):
         segment_ids: Int[Array, "batch length"] | None = None,
         state: dict[str, Any] | None = None,
         deterministic: bool = True,
+        prefix: Bool[Array, "batch length"] | None = None,
     ) -> tuple[Features, dict[str, Any] | None]:
         """Hidden states before the head, the head, and the decode state after these tokens (None without one)."""
         c = self.config
-        if positions is None:
-            start = 0 if state is None else state["slot"]
-            positions = jnp.broadcast_to(start + jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
-        context, state = enter(positions, segment_ids, state, deterministic)
+        context, state = enter(tokens, positions, segment_ids, state)
+        context = replace(context, prefix=prefix, deterministic=deterministic)
+        if c.distance is not None:
+            heads = next(filter(None, (b.mixer.distance_heads() for b in c.pattern)))
+            table = c.distance.build(heads, c.initializer, "distance")()
+            context = replace(context, distance=Distance(table, c.distance))
         embedding = c.initializer.embedding()
         embed = Table("embedding", (c.vocab, c.d_model), ("vocab", "d_model"), embedding, name="embed")()
         x = jnp.take(embed, tokens, axis=0, mode="clip")
         if c.positions is not None:
-            x = x + c.positions.build(c.d_model, c.initializer, name="positions")(positions).astype(x.dtype)
+            x = x + c.positions.build(c.d_model, c.initializer, name="positions")(context.positions).astype(x.dtype)
         x = site(self, "embedded", nn.Dropout(c.dropout, deterministic=deterministic)(x))
         layers = None if state is None else state["blocks"]
         x, layers = scanned(c)(c, name="blocks")(x, context, layers)
@@ -141,9 +151,10 @@ class DecoderModule(nn.Module):
         segment_ids: Int[Array, "batch length"] | None = None,
         state: dict[str, Any] | None = None,
         deterministic: bool = True,
+        prefix: Bool[Array, "batch length"] | None = None,
     ) -> tuple[Float[Array, "batch length vocab"], dict[str, Any] | None]:
-        """Float32 logits of the next token at every position, and the decode state."""
-        features, state = self.features(tokens, positions, segment_ids, state, deterministic)
+        """Float32 logits of the next token at every position, and the decode state; `prefix` is seen by all."""
+        features, state = self.features(tokens, positions, segment_ids, state, deterministic, prefix)
         return readout(features), state
 
 
@@ -198,20 +209,37 @@ def scanned(config: Decoder) -> Callable[..., nn.Module]:
 
 
 def enter(
-    positions: Int[Array, "batch length"],
+    tokens: Int[Array, "batch length"],
+    positions: Int[Array, "batch length"] | None,
     segment_ids: Int[Array, "batch length"] | None,
     state: dict[str, Any] | None,
-    deterministic: bool,
 ) -> tuple[Context, dict[str, Any] | None]:
     """The layers' shared context, and the state with these tokens' positions stored."""
-    if state is None:
-        return Context(positions, segment_ids, deterministic=deterministic), None
-    if segment_ids is not None:
+    if state is not None and segment_ids is not None:
         raise ValueError("segment_ids belong to packed training batches; decoding takes positions, -1 for padding")
+    if positions is not None:
+        segment_ids = jnp.where(positions < 0, -1, 0 if segment_ids is None else segment_ids)
+    else:
+        start = 0 if state is None else state["slot"]
+        positions = jnp.broadcast_to(start + jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
+    if state is None:
+        return Context(positions, segment_ids), None
     slot = state["slot"]
     stored = jax.lax.dynamic_update_slice_in_dim(state["positions"], positions, slot, axis=1)
-    context = Context(positions, None, Cache(slot, stored), deterministic)
+    context = Context(positions, segment_ids, Cache(slot, stored))
     return context, {**state, "slot": slot + positions.shape[1], "positions": stored}
+
+
+def distance_problems(pattern: tuple[Block, ...]) -> Iterator[tuple[str, str]]:
+    """Mixers that one table of distance biases does not fit."""
+    heads = [block.mixer.distance_heads() for block in pattern]
+    if not any(heads):
+        yield "distance", "finds no scores to bias: it needs attention with rope=None and soft_cap=None in the pattern"
+    for i, count in enumerate(heads):
+        rotary = getattr(pattern[i].mixer, "rope", None) is not None
+        if rotary or count not in (None, *list(filter(None, heads))[:1]):
+            why = "rotates too" if rotary else f"has {count} heads, another mixer of the pattern has other ones"
+            yield f"pattern.{i}.mixer", f"{why}: one table of distance biases serves all layers"
 
 
 def readout(features: Features) -> Float[Array, "batch length vocab"]:

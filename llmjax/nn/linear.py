@@ -22,7 +22,7 @@ class Linear(nn.Module):
 
     inputs: tuple[int, ...]
     outputs: tuple[int, ...]
-    axes: tuple[str, ...]
+    axes: tuple[str | None, ...]
     initial: Initializer
     bias: bool = False
 
@@ -38,7 +38,7 @@ class Linear(nn.Module):
 
 
 def parameter(
-    module: nn.Module, name: str, init: Initializer, shape: tuple[int, ...], axes: tuple[str, ...]
+    module: nn.Module, name: str, init: Initializer, shape: tuple[int, ...], axes: tuple[str | None, ...]
 ) -> Float[Array, "..."]:
     """Declare a float32 parameter with logical axis names, or return the value that the caller passed in."""
     boxed: Callable[..., Any] = nn.with_logical_partitioning(init, axes)

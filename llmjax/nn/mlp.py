@@ -1,16 +1,18 @@
 """Position-wise feed-forward layers: the two-layer MLP and its gated relatives."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal, NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from llmjax.nn.initializers import Init
+from llmjax.nn.initializers import Init, Initializer
 from llmjax.nn.linear import Linear
+from llmjax.nn.mixer import Context
 from llmjax.nn.sites import site
 
 Activation = Literal["gelu", "gelu_tanh", "gelu_quick", "relu", "relu2", "silu"]
@@ -34,95 +36,123 @@ def activation(name: Activation) -> Callable[[Float[Array, "..."]], Float[Array,
 
 @dataclass(frozen=True)
 class FeedForward:
-    """Base of the feed-forward layers."""
+    """Base of the feed-forward layers: `(x, context) -> y`, x and y `[batch, length, d_model]`."""
 
     def build(self, d_model: int, layers: int, init: Init, name: str | None = None) -> nn.Module:
-        """The Linen module, `[batch, length, d_model] -> [batch, length, d_model]`, one of `layers` in its stack."""
+        """The Linen module, one of `layers` in its stack."""
         raise NotImplementedError
+
+    def sees_future(self) -> bool:
+        """Whether a token's output depends on later tokens: such a layer is for encoders."""
+        return False
 
     def matmul_params(self, d_model: int) -> int:
         """Weights that multiply each token (what FLOPs are counted from)."""
         raise NotImplementedError
 
 
+class Projection(NamedTuple):
+    """One y = x W + b of a dense layer: its sides, their logical axes, the distribution of W, and whether b exists."""
+
+    inputs: int
+    outputs: int
+    axes: tuple[str, str]
+    initial: Initializer
+    bias: bool
+
+
+Project = Callable[[str, Float[Array, "..."]], Float[Array, "..."]]
+"""The projection of that name, applied to an array."""
+
+
 @dataclass(frozen=True)
-class MLP(FeedForward):
-    """y = f(x W_up + b) W_down + b. Vaswani et al. 2017 (1706.03762)."""
+class DenseFeedForward(FeedForward, ABC):
+    """y = hidden(x) W_down + b, the same weights for every token: what an expert of a mixture can be."""
 
     d_ff: int | None = None
-    """hidden width; None is 4 d_model (the paper)"""
+    """hidden width; None is 4 d_model for an MLP (the paper), and 8/3 d_model rounded up to a multiple of 64 for a GLU,
+    which are the parameters of a 4x MLP"""
     activation: Activation = "gelu_tanh"
-    """element-wise function f (gelu_tanh: GPT-2)"""
+    """element-wise function f (gelu_tanh: GPT-2; of a GLU's gate, silu: LLaMA)"""
     bias: bool = False
-    """whether both projections have a bias"""
+    """whether the projections have a bias"""
 
-    def build(self, d_model: int, layers: int, init: Init, name: str | None = None) -> nn.Module:
-        """The Linen module of this config."""
-        return MLPModule(self, d_model, layers, init, name=name)
+    readers: ClassVar[tuple[str, ...]]
+    """Names of the projections that read x."""
 
-    def matmul_params(self, d_model: int) -> int:
-        """2 d_model d_ff."""
-        return 2 * d_model * (self.d_ff or 4 * d_model)
-
-
-class MLPModule(nn.Module):
-    """Owns `up` and `down`."""
-
-    config: MLP
-    d_model: int
-    layers: int
-    initializer: Init
-
-    @nn.compact
-    def __call__(self, x: Float[Array, "batch length d_model"]) -> Float[Array, "batch length d_model"]:
-        """Apply the layer; site `hidden` is f's output."""
-        c, width = self.config, self.config.d_ff or 4 * self.d_model
-        kernel = self.initializer.kernel(self.d_model)
-        h = Linear((self.d_model,), (width,), ("d_model", "d_ff"), kernel, c.bias, name="up")(x)
-        h = site(self, "hidden", activation(c.activation)(h))
-        residual = self.initializer.residual(width, self.layers)
-        return Linear((width,), (self.d_model,), ("d_ff", "d_model"), residual, c.bias, name="down")(h)
-
-
-@dataclass(frozen=True)
-class GLU(FeedForward):
-    """y = (f(x W_gate) * (x W_up)) W_down: SwiGLU for silu, GeGLU for gelu. Shazeer 2020 (2002.05202)."""
-
-    d_ff: int | None = None
-    """hidden width; None is 8/3 d_model rounded up to a multiple of 64, the parameters of a 4x MLP"""
-    activation: Activation = "silu"
-    """element-wise function f of the gate (silu: LLaMA)"""
-    bias: bool = False
-    """whether the three projections have a bias"""
-
-    def build(self, d_model: int, layers: int, init: Init, name: str | None = None) -> nn.Module:
-        """The Linen module of this config."""
-        return GLUModule(self, d_model, layers, init, name=name)
-
-    def matmul_params(self, d_model: int) -> int:
-        """3 d_model d_ff."""
-        return 3 * d_model * self.width(d_model)
-
+    @abstractmethod
     def width(self, d_model: int) -> int:
         """Hidden width for that d_model."""
+
+    @abstractmethod
+    def hidden(self, project: Project, x: Float[Array, "... d_model"]) -> Float[Array, "... d_ff"]:
+        """What `down` projects."""
+
+    def build(self, d_model: int, layers: int, init: Init, name: str | None = None) -> nn.Module:
+        """The Linen module of this config."""
+        return DenseModule(self, d_model, layers, init, name=name)
+
+    def projections(self, d_model: int, layers: int, init: Init) -> dict[str, Projection]:
+        """Every projection by its name."""
+        width = self.width(d_model)
+        into = Projection(d_model, width, ("d_model", "d_ff"), init.kernel(d_model), self.bias)
+        down = Projection(width, d_model, ("d_ff", "d_model"), init.residual(width, layers), self.bias)
+        return dict.fromkeys(self.readers, into) | {"down": down}
+
+    def matmul_params(self, d_model: int) -> int:
+        """d_model d_ff for each projection."""
+        return (len(self.readers) + 1) * d_model * self.width(d_model)
+
+
+@dataclass(frozen=True)
+class MLP(DenseFeedForward):
+    """y = f(x W_up + b) W_down + b. Vaswani et al. 2017 (1706.03762)."""
+
+    readers: ClassVar[tuple[str, ...]] = ("up",)
+
+    def width(self, d_model: int) -> int:
+        """4 d_model where nothing else is said."""
+        return self.d_ff or 4 * d_model
+
+    def hidden(self, project: Project, x: Float[Array, "... d_model"]) -> Float[Array, "... d_ff"]:
+        """f(x W_up + b)."""
+        return activation(self.activation)(project("up", x))
+
+
+@dataclass(frozen=True)
+class GLU(DenseFeedForward):
+    """y = (f(x W_gate) * (x W_up)) W_down: SwiGLU for silu, GeGLU for gelu. Shazeer 2020 (2002.05202)."""
+
+    activation: Activation = "silu"
+
+    readers: ClassVar[tuple[str, ...]] = ("gate", "up")
+
+    def width(self, d_model: int) -> int:
+        """8/3 d_model, rounded up to a multiple of 64, where nothing else is said."""
         return self.d_ff or -(-8 * d_model // (3 * 64)) * 64
 
+    def hidden(self, project: Project, x: Float[Array, "... d_model"]) -> Float[Array, "... d_ff"]:
+        """f(x W_gate) * (x W_up)."""
+        return activation(self.activation)(project("gate", x)) * project("up", x)
 
-class GLUModule(nn.Module):
-    """Owns `gate`, `up` and `down`."""
 
-    config: GLU
+class DenseModule(nn.Module):
+    """Owns the projections; site `hidden` is what `down` reads."""
+
+    config: DenseFeedForward
     d_model: int
     layers: int
     initializer: Init
 
     @nn.compact
-    def __call__(self, x: Float[Array, "batch length d_model"]) -> Float[Array, "batch length d_model"]:
-        """Apply the layer; site `hidden` is the gated product."""
-        c, width = self.config, self.config.width(self.d_model)
-        kernel, axes = self.initializer.kernel(self.d_model), ("d_model", "d_ff")
-        gate = Linear((self.d_model,), (width,), axes, kernel, c.bias, name="gate")(x)
-        up = Linear((self.d_model,), (width,), axes, kernel, c.bias, name="up")(x)
-        h = site(self, "hidden", activation(c.activation)(gate) * up)
-        residual = self.initializer.residual(width, self.layers)
-        return Linear((width,), (self.d_model,), ("d_ff", "d_model"), residual, c.bias, name="down")(h)
+    def __call__(
+        self, x: Float[Array, "batch length d_model"], context: Context | None = None
+    ) -> Float[Array, "batch length d_model"]:
+        """Apply the layer to each token alone: nothing of the context matters."""
+        table = self.config.projections(self.d_model, self.layers, self.initializer)
+
+        def project(name: str, x: Float[Array, "..."]) -> Float[Array, "..."]:
+            p = table[name]
+            return Linear((p.inputs,), (p.outputs,), p.axes, p.initial, p.bias, name=name)(x)
+
+        return project("down", site(self, "hidden", self.config.hidden(project, x)))

@@ -17,11 +17,17 @@ Params = Any
 
 @struct.dataclass
 class Features:
-    """The last hidden states and the head that turns them into logits: soft_cap(hidden @ kernel)."""
+    """The last hidden states and the head that turns them into logits: soft_cap(hidden @ kernel).
+
+    `losses` are terms that layers add to the objective's mean loss (summed over layers), `metrics` what they report
+    beside it (means over layers); both are empty where no layer has any.
+    """
 
     hidden: Float[Array, "batch length d_model"]
     kernel: Float[Array, "d_model vocab"]
     soft_cap: float | None = struct.field(pytree_node=False, default=None)
+    losses: dict[str, Float[Array, ""]] = struct.field(default_factory=dict)
+    metrics: dict[str, Float[Array, ""]] = struct.field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,7 @@ class Apply(Protocol):
         key: PRNGKeyArray | None = None,
         method: str = "__call__",
     ) -> Any:
-        """Logits `[batch, length, vocab]`, or Features."""
+        """Logits `[batch, length, vocab]`, or Features, which alone hold the losses of the model's own layers."""
         ...
 
 

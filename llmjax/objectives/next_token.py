@@ -34,7 +34,8 @@ class NextToken(Objective):
     ) -> tuple[Float[Array, ""], dict[str, Metric]]:
         """Mean loss over the tokens that `loss_mask` weights.
 
-        Metrics: loss; nll (nats a token); accuracy; bits_per_byte (nll over UTF-8 bytes of the targets); z_loss.
+        Metrics: loss; nll (nats a token); accuracy; bits_per_byte (nll over UTF-8 bytes of the targets); z_loss; and
+        what the model's layers hand out, whose losses count here once for each token.
         """
         features = apply(
             params,
@@ -52,6 +53,8 @@ class NextToken(Objective):
         )
         count = jnp.sum(weights)
         nll = jnp.sum(weights * tokens.nll)
+        for loss in features.losses.values():
+            total = total + count * loss
         text_bytes = jnp.sum(weights * batch["target_bytes"].reshape(-1))
         metrics = {
             "loss": Metric(total, count),
@@ -60,4 +63,6 @@ class NextToken(Objective):
             "bits_per_byte": Metric(nll / math.log(2), text_bytes),
             "z_loss": Metric(self.z_loss * jnp.sum(weights * jnp.square(tokens.lse)), count),
         }
+        handed_out = features.losses | features.metrics
+        metrics |= {name: Metric(count * value, count) for name, value in handed_out.items()}
         return total / jnp.maximum(count, 1.0), metrics

@@ -28,9 +28,14 @@ RULES: tuple[tuple[str, str | tuple[str, ...] | None], ...] = (
     ("heads", "tensor"),
     ("kv_heads", "tensor"),
     ("d_ff", "tensor"),
+    ("d_inner", "tensor"),
     ("experts", "expert"),
     ("layers", "stage"),
     ("head_dim", None),
+    ("d_state", None),
+    ("rank", None),
+    ("taps", None),
+    ("entries", None),
     ("positions", None),
     ("norm", None),
 )
@@ -93,21 +98,29 @@ def fit(spec: PartitionSpec | None, shape: tuple[int, ...], mesh: Mesh | Abstrac
     return PartitionSpec(*kept)
 
 
-def per_device(function: Callable[..., Array], names: Sequence[Names], result: Names, *arrays: Array | None) -> Array:
+def per_device(
+    function: Callable[..., Any], names: Sequence[Names], result: Names | tuple[Names, ...], *arrays: Array | None
+) -> Any:
     """`function(*arrays)` on every device's own part, where the program is traced for a mesh of several devices.
 
     Kernels are compiled for one device, and GSPMD cannot split them. `names` are the logical names of each array's
     axes; None is an axis that every device sees whole, and so is one whose parts do not come out even in every array
-    that has it. What `function` computes along a split axis must not depend on the other parts.
+    that has it; `result` are those of the output, or of each of several. What `function` computes along a split axis
+    must not depend on the other parts.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.size <= 1:
         return function(*arrays)
     given = [(name, x) for name, x in zip(names, arrays, strict=True) if x is not None]
     whole = {n for name, x in given for n, part in zip(name, _spec(name, x.shape, mesh)) if n and part is None}
-    split = [tuple(None if n in whole else n for n in name) for name in (*names, result)]
-    *specs, out = (nn.logical_to_mesh_axes(name, RULES) or PartitionSpec() for name in split)
-    return jax.shard_map(function, in_specs=tuple(specs), out_specs=out, check_vma=False)(*arrays)
+
+    def spec(name: Any) -> Any:
+        if any(isinstance(n, tuple) for n in name):
+            return tuple(spec(n) for n in name)
+        return nn.logical_to_mesh_axes(tuple(None if n in whole else n for n in name), RULES) or PartitionSpec()
+
+    specs, out = tuple(spec(name) for name in names), spec(result)
+    return jax.shard_map(function, in_specs=specs, out_specs=out, check_vma=False)(*arrays)
 
 
 def _spec(names: Names, shape: tuple[int, ...], mesh: Mesh | AbstractMesh) -> tuple[Any, ...]:

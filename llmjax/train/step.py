@@ -17,6 +17,7 @@ import optax
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree, UInt
 
+from llmjax.nn.auxiliary import LOSSES, METRICS, over_layers
 from llmjax.nn.metric import Metric, add
 from llmjax.nn.model import Params
 from llmjax.objectives.base import Apply, Batch, Objective
@@ -30,7 +31,10 @@ Metrics = dict[str, Metric]
 
 
 def apply_of(module: nn.Module) -> Apply:
-    """The module as the function that objectives take: parameters and tokens in, output out; a key turns on dropout."""
+    """The module as the function that objectives take: parameters and tokens in, output out; a key turns on dropout.
+
+    Features hold the losses and metrics that layers hand out; logits come without them.
+    """
 
     def apply(
         params: Params,
@@ -43,8 +47,13 @@ def apply_of(module: nn.Module) -> Apply:
     ) -> Any:
         rngs = None if key is None else {"dropout": key}
         arguments = (tokens, positions, segment_ids, None, key is None)
-        output, _ = module.apply({"params": params}, *arguments, rngs=rngs, method=method)
-        return output
+        if method != "features":
+            return module.apply({"params": params}, *arguments, rngs=rngs, method=method)[0]
+        (features, _), collected = module.apply(
+            {"params": params}, *arguments, rngs=rngs, method=method, mutable=[LOSSES, METRICS]
+        )
+        losses = over_layers(jnp.sum, collected.get(LOSSES, {}))
+        return features.replace(losses=losses, metrics=over_layers(jnp.mean, collected.get(METRICS, {})))
 
     return apply
 

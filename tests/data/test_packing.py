@@ -74,7 +74,7 @@ def test_rows_are_well_formed(corpus, packing, shift):
         if not (isinstance(packing, ConcatAndSplit) and not packing.cut_attention):
             assert EOS not in tokens[1:]
     for name, array in batch.items():
-        assert (array[batch["segment_ids"] == 0] == 0).all(), name
+        assert (array[batch["segment_ids"] == 0] == -(name == "positions")).all(), name
     np.testing.assert_array_equal(batch["loss_mask"], batch["segment_ids"] > 0)
     np.testing.assert_array_equal(batch["target_bytes"], (batch["segment_ids"] > 0) & (batch["targets"] != EOS))
     assert {a.dtype.name for n, a in batch.items() if n != "loss_mask"} == {"int32"}

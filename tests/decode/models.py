@@ -9,6 +9,7 @@ from llmjax.nn.attention import Attention
 from llmjax.nn.block import Block
 from llmjax.nn.decoder import Decoder
 from llmjax.nn.initializers import GPT2Init
+from llmjax.nn.masks import Window
 from llmjax.nn.mlp import GLU, MLP
 from llmjax.nn.norms import LayerNorm, RMSNorm
 from llmjax.nn.positions import LearnedPositions
@@ -27,8 +28,8 @@ MODELS = {
     "mha": decoder(Attention(heads=4)),
     "gqa": decoder(Attention(heads=4, kv_heads=2)),
     "mqa": decoder(Attention(heads=4, kv_heads=1, qk_norm=RMSNorm())),
-    "window": decoder(Attention(heads=2, window=5)),
-    "mixed": decoder(Attention(heads=2, window=4), Attention(heads=4, kv_heads=2), layers=4),
+    "window": decoder(Attention(heads=2, mask=Window(5))),
+    "mixed": decoder(Attention(heads=2, mask=Window(4)), Attention(heads=4, kv_heads=2), layers=4),
     "scanned": decoder(Attention(heads=2), layers=3, unroll=1),
     "learned": decoder(
         pattern=(Block(Attention(heads=2, rope=None, bias=True, out_bias=True), MLP(bias=True), LayerNorm()),),

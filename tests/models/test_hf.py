@@ -17,6 +17,7 @@ from llmjax.models.hf import family_of, load_hf, save_hf
 from llmjax.nn.attention import Attention
 from llmjax.nn.block import Block
 from llmjax.nn.decoder import Decoder
+from llmjax.nn.masks import Window
 from llmjax.nn.mlp import GLU
 from llmjax.nn.positions import SinusoidalPositions
 from llmjax.nn.rope import Rope
@@ -227,7 +228,7 @@ def test_missing_and_broken_files(tmp_path):
 
 
 INEXPRESSIBLE = {
-    "window": (llama.llama1("7B"), "pattern.0.mixer.window", 128, "pattern.0.mixer.window=128"),
+    "window": (llama.llama1("7B"), "pattern.0.mixer.mask", Window(128), r"pattern.0.mixer.mask=Window"),
     "cap": (gpt2.gpt2(), "soft_cap", 30.0, "soft_cap=30.0"),
     "order": (gpt2.gpt2(), "pattern.0.order", "parallel", "pattern.0.order=parallel"),
     "positions": (gpt2.gpt2(), "positions", SinusoidalPositions(), "positions=SinusoidalPositions"),
@@ -246,7 +247,7 @@ def test_what_no_config_json_can_say_is_refused(config, path, value, message):
 def test_blocks_that_differ_are_refused():
     config = llama.llama1("7B")
     block = config.pattern[0]
-    mixed = replace(config, pattern=(block, replace(block, mixer=replace(block.mixer, window=4))))
+    mixed = replace(config, pattern=(block, replace(block, mixer=replace(block.mixer, mask=Window(4)))))
     with pytest.raises(InputError, match=r"cannot be said in a llama config\.json"):
         llama.FAMILY.to_hf_config(mixed)
 

@@ -13,6 +13,7 @@ from llmjax.nn.attention import Attention
 from llmjax.nn.block import Block
 from llmjax.nn.decoder import Decoder
 from llmjax.nn.initializers import FanInInit
+from llmjax.nn.masks import Full, Window
 from llmjax.nn.mlp import GLU, MLP
 from llmjax.nn.norms import LayerNorm, RMSNorm
 from llmjax.nn.positions import LearnedPositions, SinusoidalPositions
@@ -31,7 +32,7 @@ MODELS = {
     "post": Decoder(pattern=(Block(mixer=ABSOLUTE, order="post"),), norm=None, positions=SinusoidalPositions()),
     "parallel": Decoder(pattern=(Block(mixer=Attention(kv_heads=1), order="parallel"),)),
     "window": Decoder(
-        pattern=(Block(mixer=Attention(window=3)), Block(mixer=Attention(rope=Rope(layout="interleaved"))))
+        pattern=(Block(mixer=Attention(mask=Window(3))), Block(mixer=Attention(rope=Rope(layout="interleaved"))))
     ),
     "capped": Decoder(pattern=(Block(mixer=Attention(qk_norm=RMSNorm(), soft_cap=2.0), mlp=None),), soft_cap=3.0),
 }
@@ -158,7 +159,7 @@ def test_output_is_the_sum_of_the_heads(evidence):
 def test_window_reaches_exactly_its_tokens():
     """One layer, window 3: token i sees i-2..i; two windowed layers reach 2 further."""
     for layers, reach in ((1, 2), (2, 4)):
-        model = Decoder(vocab=29, d_model=16, layers=layers, pattern=(Block(mixer=Attention(window=3)),))
+        model = Decoder(vocab=29, d_model=16, layers=layers, pattern=(Block(mixer=Attention(mask=Window(3))),))
         params = model.init(jax.random.key(0))
         base = logits(model, params, TOKENS)
         for distance in (reach, reach + 1):
@@ -220,7 +221,8 @@ def test_flops_are_those_that_xla_counts(evidence):
 @pytest.mark.parametrize("window", [None, 1, 5, 64])
 @pytest.mark.parametrize("causal", [True, False])
 def test_mixing_flops_count_the_pairs_of_the_mask(window, causal):
-    config = Attention(heads=2, head_dim=4, window=window, causal=causal)
+    mask = Full() if window is None else Window(window)
+    config = Attention(heads=2, head_dim=4, mask=mask, causal=causal)
     i, j = np.indices((16, 16))
     seen = np.ones((16, 16), bool) if not causal else i >= j
     if window is not None:
@@ -244,7 +246,7 @@ def test_kv_bytes_are_those_of_the_state():
         (Decoder(d_model=30), "pattern.0.mixer.heads=4 does not divide d_model=30: change it, or give head_dim"),
         (Decoder(layers=3, pattern=(Block(), Block())), "layers=3 must be a multiple of the pattern's length 2"),
         (Decoder(dropout=1.0), "dropout=1.0 must be at least 0 and below 1"),
-        (Decoder(pattern=(Block(mixer=Attention(window=0)),)), "pattern.0.mixer.window=0 must be at least 1 token"),
+        (Decoder(pattern=(Block(mixer=Attention(mask=Window(0))),)), "pattern.0.mixer.mask.size=0 must be at least 1 token"),
         (
             Decoder(pattern=(Block(mixer=Attention(implementation="flash")),)),
             "mixer.implementation=flash is no kernel of attention: use one of tpu, cudnn, xla, hopper, reference",

@@ -9,8 +9,13 @@ import numpy as np
 import optax
 import pytest
 
+from llmjax.nn.attention import Attention
+from llmjax.nn.block import Block
 from llmjax.nn.decoder import Decoder
 from llmjax.nn.metric import Metric, add
+from llmjax.nn.mlp import GLU
+from llmjax.nn.moe import MoE
+from llmjax.nn.router import TopK
 from llmjax.objectives.next_token import NextToken
 from llmjax.train.step import apply_of
 from tests.evidence import evidence
@@ -61,6 +66,38 @@ def test_loss_is_the_masked_mean(params, batch, chunk, evidence):
     assert got.keys() == expected.keys()
     evidence.record(max(abs(got[k] - expected[k]) for k in expected), 1e-5)
     np.testing.assert_allclose(loss, got["loss"], rtol=1e-6)
+
+
+@evidence("A35", oracle="the routers' own logits, layer by layer", code="llmjax.objectives.next_token")
+def test_losses_of_layers_count_once_a_token(batch, evidence):
+    """Losses are summed over layers, metrics averaged; a batch without targets has no loss of any kind."""
+    layer = MoE(4, GLU(d_ff=8), TopK(2), capacity=0.8, balance_loss=0.5, z_loss=0.1)
+    block = Block(mixer=Attention(heads=1), mlp=layer)
+    model = Decoder(vocab=31, d_model=16, layers=2, pattern=(block,), unroll=1)
+    params = jax.tree.map(lambda a: a * 10, model.init(jax.random.key(0)))
+    run = jax.jit(lambda p, b: NextToken(chunk=None).loss(apply_of(model.build()), p, b, None))
+    loss, metrics = run(params, batch)
+    capture = jax.jit(lambda p: model.build().apply({"params": p}, batch["tokens"], mutable=["sites"])[1]["sites"])
+    closed = {"balance_loss": 0.0, "router_z_loss": 0.0, "max_load": 0.0}
+    for logits in np.asarray(capture(params)["blocks"]["0"]["mlp"]["router_logits"], np.float64):
+        exp = np.exp(logits)
+        load = np.bincount(np.argsort(-logits, axis=-1)[..., :2].reshape(-1), minlength=4) / (2 * 9 * 2)
+        closed["balance_loss"] += 0.5 * 4 * (load * (exp / exp.sum(-1, keepdims=True)).mean((0, 1))).sum()
+        closed["router_z_loss"] += 0.1 * (np.log(exp.sum(-1)) ** 2).mean()
+        closed["max_load"] += 4 * load.max() / 2
+    got = means(metrics)
+    evidence.record(max(abs(got[name] / value - 1) for name, value in closed.items()), 1e-5)
+    assert 0 < got["dropped"] < 1
+    total = got["nll"] + got["balance_loss"] + got["router_z_loss"]
+    np.testing.assert_allclose([loss, got["loss"]], total, rtol=1e-6)
+    empty, metrics = run(params, {**batch, "loss_mask": jnp.zeros((2, 9))})
+    assert empty == 0
+    assert all(metric.total == 0 for metric in metrics.values())
+
+
+def test_a_model_of_dense_layers_hands_out_nothing(params, batch):
+    features = jax.eval_shape(lambda p: APPLY(p, batch["tokens"], method="features"), params)
+    assert (features.losses, features.metrics) == ({}, {})
 
 
 @evidence("F14", oracle="the same rows without padding", code="llmjax.objectives.next_token")

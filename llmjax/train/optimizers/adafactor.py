@@ -6,8 +6,9 @@ its layers.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import optax
@@ -75,14 +76,12 @@ def per_matrix(inner: optax.GradientTransformation) -> optax.GradientTransformat
     """
 
     def init_leaf(path: str, param: Float[Array, "..."]) -> PyTree:
-        flat = _flatten(path, param)
-        return jax.vmap(inner.init)(flat) if is_stacked(path) else inner.init(flat)
+        return _each(inner.init, path, param)(_flatten(path, param))
 
     def update_leaf(
         path: str, update: Float[Array, "..."], state: PyTree, param: Float[Array, "..."]
     ) -> tuple[Float[Array, "..."], PyTree]:
-        apply = jax.vmap(inner.update) if is_stacked(path) else inner.update
-        new, state = apply(_flatten(path, update), state, _flatten(path, param))
+        new, state = _each(inner.update, path, param)(_flatten(path, update), state, _flatten(path, param))
         return new.reshape(update.shape), state
 
     def update(updates: PyTree, state: PyTree, params: PyTree | None = None) -> tuple[PyTree, PyTree]:
@@ -93,8 +92,15 @@ def per_matrix(inner: optax.GradientTransformation) -> optax.GradientTransformat
     return optax.GradientTransformation(lambda params: map_paths(init_leaf, params), update)
 
 
+def _each(function: Callable[..., Any], path: str, leaf: Float[Array, "..."]) -> Callable[..., Any]:
+    """`function`, mapped over the layers and experts of a leaf."""
+    for _ in range(matrix_axes(path, leaf.ndim).inputs[0] if is_matrix(path) else int(is_stacked(path))):
+        function = jax.vmap(function)
+    return function
+
+
 def _flatten(path: str, leaf: Float[Array, "..."]) -> Float[Array, "..."]:
-    """A kernel as `[*layers, inputs, outputs]`; the table keeps inputs before outputs, so no axis moves."""
+    """A kernel as `[*layers, *experts, inputs, outputs]`; the table keeps inputs before outputs, so no axis moves."""
     if not is_matrix(path):
         return leaf
     axes = matrix_axes(path, leaf.ndim)

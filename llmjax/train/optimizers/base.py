@@ -13,6 +13,7 @@ decay is always multiplied by the learning rate, as in PyTorch and optax; the pa
 alone.
 """
 
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -25,7 +26,7 @@ import optax
 from jaxtyping import Array, Float, PyTree
 
 from llmjax.config import ConfigError
-from llmjax.train.optimizers.paths import by_path, is_stacked, map_paths, matching, regex_problem
+from llmjax.train.optimizers.paths import STEPS, by_path, is_stacked, map_paths, matching, regex_problem
 from llmjax.train.schedules import Cosine, Schedule
 
 NO_DECAY = r"(^|/)(bias|scale)$"
@@ -110,8 +111,8 @@ class Optimizer(ABC):
         if self.clip is not None:
             trained = optax.chain(optax.clip_by_global_norm(self.clip), trained)
         return optax.partition(
-            {"trained": trained, "frozen": optax.set_to_zero()},
-            map_paths(lambda path, _: "frozen" if settings[path].frozen else "trained", params),
+            {"trained": trained, "frozen": optax.set_to_zero(), "step": optax.scale(-1.0)},
+            map_paths(lambda path, _: kind_of(path, settings[path]), params),
         )
 
     def rule(
@@ -165,6 +166,13 @@ class Optimizer(ABC):
             yield "clip", "is not positive: use for example 1.0, or None for no clipping"
         if not 0 < self.layer_decay <= 1:
             yield "layer_decay", "is not in (0, 1]: use 1.0 for the same learning rate in every layer"
+
+
+def kind_of(path: str, setting: Setting) -> str:
+    """How a parameter is updated: "frozen", "trained", or "step", by minus its gradient whatever the method is."""
+    if setting.frozen:
+        return "frozen"
+    return "step" if re.search(STEPS, path) else "trained"
 
 
 def set_learning_rate(opt_state: PyTree, learning_rate: float | Float[Array, ""]) -> PyTree:

@@ -19,9 +19,14 @@ from llmjax.config import ConfigError
 MATRICES = (
     (r"(^|/)(query|key|value)/kernel$", "in out out"),
     (r"(^|/)out/kernel$", "in in out"),
+    (r"(^|/)experts/\w+/kernel$", "expert in out"),
     (r"(^|/)kernel$", "in out"),
 )
 """(path pattern, role of each axis after the layers axis); the first row with the right pattern and rank is used."""
+
+
+STEPS = r"(^|/)router/bias$"
+"""Paths of parameters whose gradient is itself the step to take: biases that even the load of experts."""
 
 
 class Axes(NamedTuple):
@@ -41,7 +46,7 @@ def is_matrix(path: str) -> bool:
 def matrix_axes(path: str, rank: int) -> Axes:
     """Axes of the weight matrices in the kernel at `path` with `rank` axes.
 
-    Axes that are neither (the layers axis) count single matrices. Raises ConfigError for a kernel of a rank that no
+    Axes that are neither (layers, experts) count single matrices. Raises ConfigError for a kernel of a rank that no
     row of MATRICES describes: guessing would fuse the wrong axes without a word.
     """
     first = int(is_stacked(path))
