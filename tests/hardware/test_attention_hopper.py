@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from pallas_kernels import attention
 from pallas_kernels._aot import compile_for
 from pallas_kernels.attention import hopper
 from pallas_kernels.attention.mask import Rule, Seen
@@ -58,3 +59,29 @@ def test_no_register_spills_and_products_on_tensor_cores(dims, dtype, length, ev
     evidence.record(sum(k.spill_store_bytes + k.spill_load_bytes for k in kernels), tolerance=0)
     assert report.wgmma >= len(kernels)
     assert report.mma_sync == 0
+
+
+def gradient(length, packed):
+    """Value and gradients of capped causal attention through the public call; `packed`: in documents."""
+    arrays = [jax.ShapeDtypeStruct((1, length, heads, 128), jnp.bfloat16) for heads in (4, 2, 2, 4)]
+    ids = jax.ShapeDtypeStruct((1, length), jnp.int32)
+
+    def loss(q, k, v, d_out, ids):
+        options = {"is_causal": True, "logits_soft_cap": 50.0, "implementation": "hopper"}
+        out = attention(q, k, v, segment_ids=ids if packed else None, **options)
+        return jnp.sum(out.astype(jnp.float32) * d_out.astype(jnp.float32))
+
+    return jax.value_and_grad(loss, argnums=(0, 1, 2)), (*arrays, ids)
+
+
+@evidence("C01", oracle="bytes of the inputs, by XLA's memory analysis", code="pallas_kernels.attention.hopper")
+@pytest.mark.parametrize(("packed", "limit"), [(False, 0.02), (True, 1.1)], ids=["plain", "packed"])
+def test_memory_is_linear_in_length(packed, limit, evidence):
+    """Temporary memory as a part of the inputs, 4k to 64k; one head's scores alone would be 85 times them at 64k.
+
+    Plain: two float32 numbers a row. Packed: also the inputs with absent tokens zero, and a map of 4 bytes for a block
+    of scores, 3 % of the inputs at 64k.
+    """
+    for length in (4096, 16384, 65536):
+        report = compile_for("h200:1x1x1", f"{__file__}:gradient", {"length": length, "packed": packed})
+        evidence.record(report.temporary_bytes / (2 * (4 + 2 + 2 + 4) * 128 * length), limit)

@@ -18,6 +18,7 @@ from pallas_kernels.attention import tpu, tpu_backward, tpu_blocks
 from pallas_kernels.attention.mask import ABSENT_KEY, ABSENT_QUERY, Rule, Seen
 from pallas_kernels.attention.registry import passes
 from pallas_kernels.attention.vjp import Kernel, Operands, Visible, blockwise
+from pallas_kernels.attention.xla import xla_attention
 from tests.evidence import evidence
 from tests.kernels.oracle import attend, visible
 
@@ -160,6 +161,38 @@ def test_bfloat16_errors_are_those_of_jax(evidence):
         evidence.record(rms(x, z), 1.3 * rms(y, z))
     # The sums are float32 throughout: products of bfloat16 numbers are exact in it.
     evidence.record(worst(sums, lse), TOLERANCE)
+
+
+BFLOAT16 = {
+    "window_grouped_64": ({"length": 200, "heads": 4, "kv_heads": 2}, rule(causal=True, window=(70, 0))),
+    "mla": ({"length": 180, "heads": 1, "head_dim": 192, "value_dim": 128}, rule(causal=True, scale=192**-0.5)),
+    "cap_20": ({"length": 200}, rule(soft_cap=20.0)),
+}
+
+
+@evidence("C01", oracle="float64 formulas in numpy; XLA's own error in bfloat16", code="pallas_kernels.attention.tpu")
+@pytest.mark.parametrize("name", BFLOAT16)
+def test_bfloat16_errors_are_those_of_xla(name, evidence):
+    """Root mean squares of output, log-sum-exp and gradients as a call has them: each at most 1.3 times XLA's."""
+    shapes, given = BFLOAT16[name]
+    *arrays, d_out = inputs(**shapes, dtype=jnp.bfloat16)
+    kernel = Kernel(*passes("tpu"), given, SMALL)
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def both(function, q, k, v, d_out):
+        take = lambda q, k, v: function(Operands(q, k, v, None, None), Visible(PLAIN, None))
+        (out, lse), pull = jax.vjp(take, q, k, v)
+        return out, lse, *pull((d_out, jnp.zeros_like(lse)))
+
+    with simulated():
+        mine = jax.block_until_ready(both(functools.partial(blockwise, kernel), *arrays, d_out))
+    theirs = both(functools.partial(xla_attention, rule=given, config=None), *arrays, d_out)
+    out, lse, _, grads = expected(*arrays, d_out, given)
+    rms = lambda x, y: np.sqrt(np.mean((np.asarray(x, np.float64) - y) ** 2))
+    for x, y, z in zip(mine, theirs, (out, lse, *grads), strict=True):
+        assert x.shape == y.shape == z.shape
+        assert x.dtype == y.dtype
+        evidence.record(rms(x, z), 1.3 * rms(y, z))
 
 
 @pytest.mark.slow

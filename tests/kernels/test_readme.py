@@ -22,7 +22,7 @@ def test_plain_xla_takes_everything_and_comes_before_what_no_chip_has_run():
     assert list(BACKENDS).index("xla") < list(BACKENDS).index("hopper")
 
 
-@pytest.mark.parametrize("example", EXAMPLES, ids=["attention", "decoding", "losses"])
+@pytest.mark.parametrize("example", EXAMPLES, ids=["attention", "decoding", "losses", "recurrences"])
 def test_examples_run(example, tmp_path):
     path = tmp_path / "example.py"
     path.write_text(example)

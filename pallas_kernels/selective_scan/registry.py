@@ -1,0 +1,40 @@
+"""The implementations of the selective scan: where each can run, in the order they are tried."""
+
+import importlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from types import ModuleType
+
+from pallas_kernels import dispatch
+from pallas_kernels.dispatch import everywhere
+from pallas_kernels.selective_scan.inputs import Tokens, Weights
+
+
+@dataclass(frozen=True)
+class Backend:
+    """One implementation; the module of its name has `refusal(tokens, weights)` and `scan`."""
+
+    summary: str
+    runs_on: Callable[[str, str], bool]
+    """of (platform, device kind)"""
+
+
+BACKENDS = {
+    "xla": Backend("plain XLA, the states of one chunk of tokens at a time", everywhere),
+    "reference": Backend("the definition, one token after the other", everywhere),
+}
+"""In the order in which `implementation=None` tries them."""
+
+
+def module_of(name: str) -> ModuleType:
+    """An implementation's module."""
+    return importlib.import_module(f"pallas_kernels.selective_scan.{name}")
+
+
+def choose(implementation: str | Sequence[str] | None, tokens: Tokens, weights: Weights) -> ModuleType:
+    """The first implementation that can do it; raises ValueError or NotImplementedError with the reasons."""
+
+    def refusal(name: str) -> str | None:
+        return module_of(name).refusal(tokens, weights)
+
+    return module_of(dispatch.choose("selective_scan", BACKENDS, implementation, refusal))

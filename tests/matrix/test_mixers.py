@@ -1,0 +1,138 @@
+"""Every sequence mixer under what training does to it: half precision, vmap, scan, remat, eight devices."""
+
+import functools
+
+import chex
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from llmjax.nn.block import Block
+from llmjax.nn.decoder import Decoder
+from llmjax.nn.hyena import Hyena
+from llmjax.parallel.mesh import MeshConfig, batch_sharding, shardings
+from tests.flops import flops
+from tests.nn.mixers import CASES, CAUSAL, D_MODEL, INIT, apply, enter, params_of
+
+pytestmark = pytest.mark.devices(8)
+EVERY = pytest.mark.parametrize("name", list(CASES))
+X = np.random.default_rng(5).standard_normal((8, 12, D_MODEL)).astype(np.float32)
+
+
+def loss(mixer, params, x):
+    """A smooth scalar of the output, and the output."""
+    y = apply(mixer, params, x)
+    return jnp.sum(jnp.sin(y.astype(jnp.float32))), y
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def graded(mixer, params, x):
+    """Output and gradients of parameters and input."""
+    (_, y), gradients = jax.value_and_grad(loss, (1, 2), has_aux=True)(mixer, params, x)
+    return y, gradients
+
+
+@functools.cache
+def single(name):
+    """The same on one device in float32."""
+    return jax.device_get(graded(CASES[name], params_of(CASES[name]), X))
+
+
+@EVERY
+def test_bfloat16_stays_near_float32(name):
+    """8 bits of mantissa through a few products and a recurrence: 5 % of the output's root mean square."""
+    half = jax.tree.map(lambda a: jnp.asarray(a, jnp.bfloat16), params_of(CASES[name]))
+    y, gradients = graded(CASES[name], half, jnp.asarray(X, jnp.bfloat16))
+    assert y.dtype == jnp.bfloat16
+    expected, _ = single(name)
+    error = np.asarray(y, np.float32) - expected
+    assert np.sqrt(np.mean(error**2)) < 0.05 * np.sqrt(np.mean(expected**2))
+    chex.assert_tree_all_finite(gradients)
+
+
+@EVERY
+def test_vmap_is_a_loop(name):
+    mixer = CASES[name]
+    y = jax.jit(jax.vmap(lambda x: apply(mixer, params_of(mixer), x)))(X.reshape(4, 2, *X.shape[1:]))
+    expected, _ = single(name)
+    np.testing.assert_allclose(y.reshape(X.shape), expected, atol=3e-5 * np.abs(expected).max())
+
+
+@EVERY
+def test_eight_devices_are_one(name):
+    """Batch over data and fsdp, parameters over fsdp and tensor; sums over devices are in another order."""
+    mixer, params = CASES[name], params_of(CASES[name])
+    mesh = MeshConfig(data=2, fsdp=2, tensor=2).build()
+    context, _ = enter(X[..., 0], None, None, None)
+    module = mixer.build(D_MODEL, 2, INIT, "mixer")
+    boxed = jax.eval_shape(lambda: module.init(jax.random.key(0), X, context)).get("params", {})
+    places = shardings(nn.get_partition_spec(boxed), params, mesh)
+    placed = jax.tree.map(jax.device_put, params, places)
+    x = jax.device_put(X, batch_sharding(mesh))
+    assert x.addressable_shards[0].data.size * 4 == x.size
+    leaves = jax.tree.leaves(placed)
+    assert any(leaf.addressable_shards[0].data.size < leaf.size for leaf in leaves) or not leaves
+    with jax.set_mesh(mesh):
+        got = jax.device_get(graded(mixer, placed, x))
+    expected = single(name)
+    for one, two in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(one, two, atol=5e-5 * max(np.abs(two).max(), 1e-3), rtol=0)
+
+
+@pytest.mark.parametrize("name", CAUSAL)
+def test_a_scanned_stack_is_the_stack_laid_out(name):
+    """Also with the layers recomputed in the backward pass."""
+    tokens = jax.random.randint(jax.random.key(7), (2, 12), 0, 29)
+
+    def gradients(params=None, **changes):
+        block = Block(mixer=CASES[name], mlp=None)
+        model = Decoder(vocab=29, d_model=D_MODEL, layers=3, pattern=(block,), initializer=INIT, **changes)
+        params = model.init(jax.random.key(0)) if params is None else params
+        module = model.build()
+        run = jax.jit(jax.grad(lambda p: jnp.sum(jnp.sin(module.apply({"params": p}, tokens)[0]))))
+        return params, run(params)
+
+    params, expected = gradients(unroll=3)
+    scale = max(float(jnp.abs(leaf).max()) for leaf in jax.tree.leaves(expected))
+    _, scanned = gradients(params, unroll=1, remat="full")
+    chex.assert_trees_all_close(scanned, expected, atol=1e-4 * scale, rtol=0)
+
+
+def shapes_at(name, length):
+    """The mixer's function and abstract arguments of one sequence of `length` tokens."""
+    params = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), params_of(CASES[name]))
+    x = jax.ShapeDtypeStruct((1, length, D_MODEL), jnp.float32)
+    return lambda params, x: apply(CASES[name], params, x), params, x
+
+
+@EVERY
+def test_cost_grows_as_the_config_says(name):
+    """Twice the length: the counted FLOPs grow as 2 `matmul_params` + `mixing_flops` do, to 20 % at 2k to 4k."""
+    mixer = CASES[name]
+    try:
+        counted = [flops(*shapes_at(name, length)) for length in (2048, 4096)]
+    except ValueError:
+        pytest.skip("its kernel decides at run time which tiles it visits")
+    said = [n * (2 * mixer.matmul_params(D_MODEL) + mixer.mixing_flops(D_MODEL, n)) for n in (2048, 4096)]
+    assert counted[1] / counted[0] == pytest.approx(said[1] / said[0], rel=0.2)
+
+
+@EVERY
+def test_memory_is_linear_in_length(name):
+    """No `[length, length]` array: temporary bytes grow about as the length does, from 1k to 4k."""
+    compiled = [jax.jit(shapes_at(name, n)[0]).lower(*shapes_at(name, n)[1:]).compile() for n in (1024, 4096)]
+    short, long = (c.memory_analysis().temp_size_in_bytes for c in compiled)
+    assert long < 6 * max(short, 2**16)
+
+
+@EVERY
+def test_state_of_linear_mixers_does_not_grow(name):
+    """A mixer whose work per token does not depend on the length keeps no tokens, attention under a mask aside."""
+    mixer = CASES[name]
+    if hasattr(mixer, "mask") or mixer.sees_future() or isinstance(mixer, Hyena):
+        pytest.skip("keeps keys and values, or inputs")
+    work = [mixer.mixing_flops(D_MODEL, length) for length in (2**14, 2**15)]
+    state = [mixer.state_bytes(D_MODEL, length, jnp.bfloat16) for length in (2**14, 2**15)]
+    assert (state[0] == state[1]) == (work[1] < 1.1 * work[0])
