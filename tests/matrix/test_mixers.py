@@ -54,8 +54,8 @@ def test_bfloat16_stays_near_float32(name):
 
 @EVERY
 def test_vmap_is_a_loop(name):
-    mixer = CASES[name]
-    y = jax.jit(jax.vmap(lambda x: apply(mixer, params_of(mixer), x)))(X.reshape(4, 2, *X.shape[1:]))
+    mixer, params = CASES[name], params_of(CASES[name])
+    y = jax.jit(jax.vmap(lambda x: apply(mixer, params, x)))(X.reshape(4, 2, *X.shape[1:]))
     expected, _ = single(name)
     np.testing.assert_allclose(y.reshape(X.shape), expected, atol=3e-5 * np.abs(expected).max())
 
@@ -76,9 +76,9 @@ def test_eight_devices_are_one(name):
     assert any(leaf.addressable_shards[0].data.size < leaf.size for leaf in leaves) or not leaves
     with jax.set_mesh(mesh):
         got = jax.device_get(graded(mixer, placed, x))
-    expected = single(name)
-    for one, two in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
-        np.testing.assert_allclose(one, two, atol=5e-5 * max(np.abs(two).max(), 1e-3), rtol=0)
+    for one, two in zip(got, single(name), strict=True):  # the output, then the gradients
+        scale = max(np.abs(leaf).max() for leaf in jax.tree.leaves(two))
+        chex.assert_trees_all_close(one, two, atol=5e-5 * scale, rtol=0)
 
 
 @pytest.mark.parametrize("name", CAUSAL)
