@@ -25,7 +25,7 @@ endif
 DEMO_PROMPT ?= The for statement is used to
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-test setup-parity setup-hardware demo test lint format evidence slow multiprocess matrix parity \
+.PHONY: help setup setup-test setup-parity setup-hardware demo test lint format evidence slow multiprocess matrix mixers pairs parity \
 	hardware newer full clean
 
 help:  ## list the targets
@@ -100,8 +100,14 @@ slow: setup-test  ## kill and resume, convergence
 multiprocess: setup-test  ## several jax processes on loopback
 	$(PYTEST) -m multiprocess -n 0 $(ARGS)
 
-matrix: setup-test  ## pairwise combinations of the parts
+matrix: setup-test  ## every leaf of every config
 	$(PYTEST) -m matrix $(ARGS)
+
+mixers: setup-test  ## the laws of every sequence mixer, and what training does to it; ARGS='-k Mamba' narrows them
+	$(PYTEST) -m mixers $(ARGS)
+
+pairs: setup-test  ## pairwise combinations of the parts (half an hour; not in CI)
+	$(PYTEST) -m pairs $(ARGS)
 
 parity: setup-parity  ## torch, transformers and peft beside our code (own environment, Python 3.11)
 	OMP_NUM_THREADS=1 $(PARITY_VENV)/bin/python -m pytest -m parity $(ARGS)
@@ -113,7 +119,7 @@ newer: setup-test  ## the subset CI runs with the newest Python and jax: make ne
 	$(VENV)/bin/llmjax train experiments/quickstart.py --run-dir=$(DEMO_DIR) --train.steps=3
 	$(PYTEST) $(wildcard $(NEWER_TESTS)) $(ARGS)
 
-full: test lint slow multiprocess matrix parity hardware  ## everything
+full: test lint slow multiprocess matrix mixers pairs parity hardware  ## everything
 
 clean:  ## remove environments, caches and test records (never runs/)
 	rm -rf $(VENV) $(PARITY_VENV) $(HARDWARE_VENV) .venv-newer .cache .evidence .pytest_cache .ruff_cache .hypothesis \

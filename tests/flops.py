@@ -8,11 +8,31 @@ from typing import Any
 
 import jax
 
-FREE = set(
-    "broadcast_in_dim reshape transpose squeeze slice concatenate convert_element_type copy stop_gradient iota pad rev "
-    "dynamic_slice dynamic_update_slice gather scatter split bitcast_convert_type sharding_constraint "
-    "optimization_barrier expand_dims random_wrap random_unwrap".split()
-)
+FREE = {
+    "broadcast_in_dim",
+    "reshape",
+    "transpose",
+    "squeeze",
+    "slice",
+    "concatenate",
+    "convert_element_type",
+    "copy",
+    "stop_gradient",
+    "iota",
+    "pad",
+    "rev",
+    "dynamic_slice",
+    "dynamic_update_slice",
+    "gather",
+    "scatter",
+    "split",
+    "bitcast_convert_type",
+    "sharding_constraint",
+    "optimization_barrier",
+    "expand_dims",
+    "random_wrap",
+    "random_unwrap",
+}
 """Primitives that move data."""
 
 

@@ -11,6 +11,8 @@ from pallas_kernels.gated_delta_rule import gated_delta_rule
 from pallas_kernels.gated_delta_rule.xla import inverse
 from tests.kernels.recurrence import IDS, inputs, loop, product_flops, slopes, with_gradients, worst
 
+pytestmark = pytest.mark.mixers
+
 EXACT = 1e-12  # float64 rounding of sums over 21 tokens, relative to the largest entry
 SINGLE = 3e-6  # the same in float32
 SCALE = 0.7

@@ -246,7 +246,10 @@ def test_kv_bytes_are_those_of_the_state():
         (Decoder(d_model=30), "pattern.0.mixer.heads=4 does not divide d_model=30: change it, or give head_dim"),
         (Decoder(layers=3, pattern=(Block(), Block())), "layers=3 must be a multiple of the pattern's length 2"),
         (Decoder(dropout=1.0), "dropout=1.0 must be at least 0 and below 1"),
-        (Decoder(pattern=(Block(mixer=Attention(mask=Window(0))),)), "pattern.0.mixer.mask.size=0 must be at least 1 token"),
+        (
+            Decoder(pattern=(Block(mixer=Attention(mask=Window(0))),)),
+            "pattern.0.mixer.mask.size=0 must be at least 1 token",
+        ),
         (
             Decoder(pattern=(Block(mixer=Attention(implementation="flash")),)),
             "mixer.implementation=flash is no kernel of attention: use one of tpu, cudnn, xla, hopper, reference",

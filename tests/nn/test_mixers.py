@@ -10,10 +10,19 @@ import numpy as np
 import pytest
 
 from llmjax.parallel.mesh import RULES
-from tests.nn.mixers import CASES, CAUSAL, D_MODEL, INIT, apply, enter, forms, forward, in_parts, params_of
+from tests.mixers.cases import CASES, CAUSAL, D_MODEL, INIT, apply, enter, forms, forward, in_parts, params_of
 
-EVERY = pytest.mark.parametrize("name", list(CASES))
-EVERY_CAUSAL = pytest.mark.parametrize("name", CAUSAL)
+QUICK = ("Attention", "Attention-1", "mask-Window", "LinearAttention", "GatedDeltaNet", "Mamba", "S4D", "RGLRU")
+"""One mixer of each kind for `make test`; `make mixers` runs them all."""
+
+
+def each(names):
+    """One test a mixer; those that are not quick belong to the suite of the mixers."""
+    marked = [pytest.param(name, marks=() if name in QUICK else pytest.mark.mixers) for name in names]
+    return pytest.mark.parametrize("name", marked)
+
+
+EVERY, EVERY_CAUSAL = each(CASES), each(CAUSAL)
 A, B = slice(0, 5), slice(5, 12)
 RANDOM = np.random.default_rng(3)
 TOKENS = RANDOM.standard_normal((12, D_MODEL)).astype(np.float32)
@@ -77,7 +86,7 @@ def test_decoding_in_parts_equals_the_whole(name):
     close(parts[1, 2:], whole[1, 2:])
 
 
-@pytest.mark.parametrize("name", [name for name in CASES if len(forms(CASES[name])) > 1])
+@each([name for name in CASES if len(forms(CASES[name])) > 1])
 def test_forms_agree(name):
     x, positions, segments = rows()
     weights = (positions >= 0)[..., None] * np.cos(np.arange(D_MODEL, dtype=np.float32))

@@ -18,7 +18,7 @@ from llmjax.nn.retention import Retention, retnet_decay
 from llmjax.nn.rope import Rope, rotate
 from pallas_kernels.gated_delta_rule import gated_delta_rule
 from tests.evidence import evidence
-from tests.nn.mixers import D_MODEL, apply, params_of
+from tests.mixers.cases import D_MODEL, apply, params_of
 
 TOLERANCE = 2e-5
 LENGTH = 14

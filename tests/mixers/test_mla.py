@@ -14,8 +14,8 @@ from flax.core import meta
 from llmjax.nn.mla import MLA
 from llmjax.nn.rope import Rope
 from tests.flops import flops
-from tests.nn.drawn import drawn
-from tests.nn.mixers import D_MODEL, INIT, enter, forward
+from tests.mixers.cases import D_MODEL, INIT, enter, forward
+from tests.mixers.drawn import drawn
 
 SMALL = MLA(heads=3, kv_rank=6, q_rank=5, nope_dim=4, rope_dim=2, value_dim=3)
 LENGTH = 7

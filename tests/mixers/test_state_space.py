@@ -21,7 +21,7 @@ from llmjax.nn.s4 import S4, System, bilinear_step, recurrence, s4_kernel
 from llmjax.nn.s4d import S4D
 from llmjax.nn.s5 import S5
 from tests.evidence import evidence
-from tests.nn.mixers import D_MODEL, forms, forward, params_of
+from tests.mixers.cases import D_MODEL, forms, forward, params_of
 
 RANDOM = np.random.default_rng(11)
 LENGTH = 12

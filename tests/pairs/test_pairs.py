@@ -1,4 +1,4 @@
-"""Pairwise combinations of the parts of a model and of a run: two steps each, finite, equal to one device and to a scan.
+"""Pairwise combinations of the parts of a model and of a run: two steps each, finite, equal to one device.
 
 Every mixer, position encoding, feed-forward layer, packing, wiring, remat and mesh is found by type. A row of the
 covering array holds a group of mixers, one after the other in the pattern, so that few rows meet all pairs.
@@ -29,7 +29,7 @@ from llmjax.train.prefetch import put
 from llmjax.train.schedules import Cosine
 from llmjax.train.state import plan
 from llmjax.train.step import Compiled, Step, apply_of
-from tests.nn.mixers import CASES, CAUSAL, INIT
+from tests.mixers.cases import CASES, CAUSAL, INIT
 
 pytestmark = pytest.mark.devices(8)
 

@@ -23,8 +23,8 @@ from llmjax.nn.lsh_attention import by_mask, by_sorting, hashes, unit
 from llmjax.nn.rope import Rope
 from llmjax.nn.scores import Scores, Tokens
 from tests.evidence import evidence
-from tests.nn.drawn import drawn, normals
-from tests.nn.mixers import D_MODEL, forward
+from tests.mixers.cases import D_MODEL, forward
+from tests.mixers.drawn import drawn, normals
 
 TOLERANCE = 3e-6
 LENGTH = 11

@@ -14,7 +14,7 @@ from llmjax.nn.decoder import Decoder
 from llmjax.nn.hyena import Hyena
 from llmjax.parallel.mesh import MeshConfig, batch_sharding, shardings
 from tests.flops import flops
-from tests.nn.mixers import CASES, CAUSAL, D_MODEL, INIT, apply, enter, params_of
+from tests.mixers.cases import CASES, CAUSAL, D_MODEL, INIT, apply, enter, params_of
 
 pytestmark = pytest.mark.devices(8)
 EVERY = pytest.mark.parametrize("name", list(CASES))

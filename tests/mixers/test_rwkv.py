@@ -15,7 +15,7 @@ from llmjax.nn.rwkv4 import RWKV4, wkv
 from llmjax.nn.rwkv6 import RWKV6
 from llmjax.nn.rwkv7 import RWKV7, wkv7
 from tests.evidence import evidence
-from tests.nn.mixers import D_MODEL, apply, params_of
+from tests.mixers.cases import D_MODEL, apply, params_of
 
 TOLERANCE = 2e-5
 LENGTH, HEADS, DIM = 12, 2, 8

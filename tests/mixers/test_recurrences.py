@@ -16,8 +16,8 @@ from llmjax.nn.masks import Window
 from llmjax.nn.min_rnn import MinGRU, MinLSTM
 from llmjax.nn.rg_lru import RGLRU, rg_lru
 from tests.evidence import evidence
-from tests.nn.mixers import D_MODEL, apply, forward, params_of
-from tests.nn.test_mamba import convolved, dense, wide, worst
+from tests.mixers.cases import D_MODEL, apply, forward, params_of
+from tests.mixers.test_mamba import convolved, dense, wide, worst
 
 LENGTH = 9
 X = np.random.default_rng(31).standard_normal((1, LENGTH, D_MODEL)).astype(np.float32)

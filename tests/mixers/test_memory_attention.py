@@ -21,8 +21,8 @@ from llmjax.nn.recurrent_memory import recurrent_memory
 from llmjax.nn.scores import Scores, Tokens
 from llmjax.nn.stack import enter, scanned
 from tests.evidence import evidence
-from tests.nn.drawn import drawn, normals
-from tests.nn.mixers import D_MODEL, forward
+from tests.mixers.cases import D_MODEL, forward
+from tests.mixers.drawn import drawn, normals
 
 TOLERANCE = 3e-6
 LENGTH = 14

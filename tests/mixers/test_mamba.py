@@ -18,7 +18,7 @@ from llmjax.nn.rg_lru import RGLRU
 from llmjax.nn.s4d import S4D
 from llmjax.nn.s5 import S5
 from tests.evidence import evidence
-from tests.nn.mixers import D_MODEL, INIT, apply, enter, forward, in_parts, params_of
+from tests.mixers.cases import D_MODEL, INIT, apply, enter, forward, in_parts, params_of
 
 LENGTH = 9
 X = np.random.default_rng(21).standard_normal((1, LENGTH, D_MODEL)).astype(np.float32)

@@ -10,7 +10,7 @@ from flax.core import meta
 
 from llmjax.nn.mixer import Mixer
 from llmjax.nn.stack import enter
-from tests.nn.mixers import D_MODEL, INIT
+from tests.mixers.cases import D_MODEL, INIT
 
 
 def normals(shapes: Any, std: float = 0.3) -> Any:

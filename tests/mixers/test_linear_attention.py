@@ -14,7 +14,7 @@ from llmjax.nn.retention import retention
 from llmjax.nn.rope import Rope, rotate
 from pallas_kernels.gated_linear_attention import gated_linear_attention, semiseparable_matrix
 from tests.evidence import evidence
-from tests.nn.mixers import D_MODEL, INIT, apply, params_of
+from tests.mixers.cases import D_MODEL, INIT, apply, params_of
 
 FORMS = ["chunked", "recurrent", "quadratic"]
 BATCH, LENGTH, HEADS, DIM = 2, 20, 2, 6
