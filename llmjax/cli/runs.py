@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from llmjax.config import InputError
-from llmjax.data import Pipeline
+from llmjax.data import Batches
 from llmjax.experiment import Experiment, load, load_experiment
 from llmjax.nn.model import Params
 from llmjax.parallel.mesh import MeshConfig
@@ -20,7 +20,7 @@ class Run(NamedTuple):
     """What a verb needs of a run."""
 
     experiment: Experiment
-    pipeline: Pipeline
+    pipeline: Batches
     params: Params
     """averaged ones where the run keeps an average, on one device"""
     step: int

@@ -38,7 +38,10 @@ class Synthetic(Dataset):
         yield from super().problems()
         if self.eval_rows < 1:
             yield "eval_rows", "is no number of rows: use for example 256"
-        for length in {self.length, self.eval_length or self.length}:
+        if self.eval_length is not None and self.eval_length < 1:
+            yield "eval_length", "is no number of tokens: use for example 1024, or None for data.length"
+        lengths = {self.length, self.length if self.eval_length is None else self.eval_length}
+        for length in sorted(lengths):
             yield from ((f"task.{name}", why) for name, why in self.task.problems_in(length))
 
 
@@ -66,9 +69,8 @@ class Draws(Batches):
         batch = empty_batch(size or len(numbers), length)
         for slot, number in enumerate(numbers):
             random = np.random.default_rng((self._seed, split, number))
-            symbols, answers = self.config.task.row(length, random)
-            batch["tokens"][slot], batch["targets"][slot] = symbols[:-1], symbols[1:]
-            batch["loss_mask"][slot] = answers[1:]
+            row = self.config.task.row(length, random)
+            batch["tokens"][slot], batch["targets"][slot], batch["loss_mask"][slot] = row
             batch["positions"][slot], batch["segment_ids"][slot] = np.arange(length), 1
             batch["target_bytes"][slot] = 1
         return batch

@@ -1,4 +1,4 @@
-"""A residual block: a mixer and a feed-forward layer, wired pre-norm, post-norm or in parallel."""
+"""A residual block: a mixer, perhaps cross-attention, and a feed-forward layer, and how they are wired."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -8,6 +8,7 @@ import flax.linen as nn
 from jaxtyping import Array, Float
 
 from llmjax.nn.attention import Attention
+from llmjax.nn.cross_attention import CrossAttention
 from llmjax.nn.initializers import Init
 from llmjax.nn.mixer import Context, Mixer, State
 from llmjax.nn.mlp import GLU, FeedForward
@@ -17,7 +18,10 @@ from llmjax.nn.sites import site
 
 @dataclass(frozen=True)
 class Block:
-    """pre: x + f(norm(x)); post: norm(x + f(x)); parallel: x + mixer(norm(x)) + mlp(norm(x)), one norm."""
+    """pre: x + f(norm(x)); post: norm(x + f(x)); parallel: x + mixer(norm(x)) + mlp(norm(x)), one norm.
+
+    reversible: two streams, y1 = x1 + mixer(norm(x2)), y2 = x2 + mlp(norm(y1)) (`llmjax.nn.reversible`).
+    """
 
     mixer: Mixer = Attention()
     """how tokens exchange information"""
@@ -25,31 +29,43 @@ class Block:
     """what is computed at each token; None for attention-only models"""
     norm: Norm = RMSNorm()
     """normalisation of each branch"""
-    order: Literal["pre", "post", "parallel"] = "pre"
-    """wiring (pre: Radford et al. 2019; post: Vaswani et al. 2017; parallel: GPT-J)"""
+    order: Literal["pre", "post", "parallel", "reversible"] = "pre"
+    """wiring (pre: Radford et al. 2019; post: Vaswani et al. 2017; parallel: GPT-J; reversible: Kitaev et al. 2020)"""
     dropout: float = 0.0
     """probability that a feature of a branch's output is dropped in training"""
+    cross: CrossAttention | None = None
+    """what reads an encoder's states, between mixer and mlp (Vaswani et al. 2017); None in models of one stack"""
 
     def problems(self) -> Iterator[tuple[str, str]]:
-        """Values out of range."""
+        """Values out of range, and parts that a wiring has no place for."""
         if not 0 <= self.dropout < 1:
             yield "dropout", "must be at least 0 and below 1"
+        if self.order == "reversible" and self.mlp is None:
+            yield "mlp", "is the second stream's branch: order=reversible needs one"
+        if self.order in ("parallel", "reversible") and self.cross is not None:
+            yield "cross", f"has no place in order={self.order}: use pre or post"
 
     def problems_at(self, d_model: int) -> Iterator[tuple[str, str]]:
-        """Fields of the mixer that do not fit a model of this width."""
-        return ((f"mixer.{field}", why) for field, why in self.mixer.problems_at(d_model))
+        """Fields of the mixers that do not fit a model of this width."""
+        yield from ((f"mixer.{field}", why) for field, why in self.mixer.problems_at(d_model))
+        if self.cross is not None:
+            yield from ((f"cross.{field}", why) for field, why in self.cross.problems_at(d_model))
 
     def sees_future(self) -> bool:
         """Whether a token's output depends on later tokens."""
         return self.mixer.sees_future() or (self.mlp is not None and self.mlp.sees_future())
 
     def matmul_params(self, d_model: int) -> int:
-        """Weights that multiply each token."""
-        return self.mixer.matmul_params(d_model) + (self.mlp.matmul_params(d_model) if self.mlp else 0)
+        """Weights that multiply each token, those of cross-attention among them."""
+        parts = (self.mixer, self.cross, self.mlp)
+        return sum(part.matmul_params(d_model) for part in parts if part is not None)
 
 
 class BlockModule(nn.Module):
-    """Owns `mixer`, `mlp` and their norms; sites resid_pre, mixer_out, resid_mid, mlp_out, resid_post."""
+    """Owns `mixer`, `cross`, `mlp` and their norms.
+
+    Sites resid_pre, mixer_out, resid_mid, cross_out, resid_cross (these two with cross-attention), mlp_out, resid_post.
+    """
 
     config: Block
     d_model: int
@@ -61,27 +77,29 @@ class BlockModule(nn.Module):
         self, x: Float[Array, "batch length d_model"], context: Context, state: State = None
     ) -> tuple[Float[Array, "batch length d_model"], State]:
         """Run the block on residual stream `x` `[batch, length, d_model]`."""
-        c = self.config
-        mixer = c.mixer.build(self.d_model, self.layers, self.initializer, name="mixer")
+        c, sizes = self.config, (self.d_model, self.layers, self.initializer)
         x = site(self, "resid_pre", x)
-        normed = x if c.order == "post" else c.norm.build("mixer_norm")(x)
-        y, state = mixer(normed, context, state)
+        normed = self.before("mixer_norm", x)
+        y, state = c.mixer.build(*sizes, name="mixer")(normed, context, state)
         y = site(self, "mixer_out", self.drop(y, context))
-        middle = x + y
-        if c.order == "post":
-            middle = c.norm.build("mixer_norm")(middle)
-        middle = site(self, "resid_mid", middle)
-        if c.mlp is None:
-            return site(self, "resid_post", middle), state
-        mlp = c.mlp.build(self.d_model, self.layers, self.initializer, name="mlp")
-        if c.order == "pre":
-            normed = c.norm.build("mlp_norm")(middle)
-        elif c.order == "post":
-            normed = middle
-        out = middle + site(self, "mlp_out", self.drop(mlp(normed, context), context))
-        if c.order == "post":
-            out = c.norm.build("mlp_norm")(out)
-        return site(self, "resid_post", out), state
+        x = site(self, "resid_mid", self.after("mixer_norm", x + y))
+        if c.cross is not None:
+            y = c.cross.build(*sizes, name="cross")(self.before("cross_norm", x), context)
+            y = site(self, "cross_out", self.drop(y, context))
+            x = site(self, "resid_cross", self.after("cross_norm", x + y))
+        if c.mlp is not None:
+            normed = normed if c.order == "parallel" else self.before("mlp_norm", x)
+            y = c.mlp.build(*sizes, name="mlp")(normed, context)
+            x = self.after("mlp_norm", x + site(self, "mlp_out", self.drop(y, context)))
+        return site(self, "resid_post", x), state
+
+    def before(self, name: str, x: Float[Array, "batch length d_model"]) -> Float[Array, "batch length d_model"]:
+        """What a branch reads: the stream's norm, or in post-norm blocks the stream."""
+        return x if self.config.order == "post" else self.config.norm.build(name)(x)
+
+    def after(self, name: str, x: Float[Array, "batch length d_model"]) -> Float[Array, "batch length d_model"]:
+        """The stream after a branch: normalised in post-norm blocks."""
+        return self.config.norm.build(name)(x) if self.config.order == "post" else x
 
     def drop(self, y: Float[Array, "batch length d_model"], context: Context) -> Float[Array, "batch length d_model"]:
         """Dropout of a branch's output; the identity in deterministic mode."""

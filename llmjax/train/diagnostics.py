@@ -6,13 +6,13 @@ from typing import Any
 import flax.linen as nn
 import jax
 import numpy as np
-from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
+from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
 from llmjax.nn.model import Model, Params
 from llmjax.nn.sites import CAPTURED
 from llmjax.objectives.base import Apply, Batch
 from llmjax.train.state import State, by_path
-from llmjax.train.step import Step, microbatches
+from llmjax.train.step import Step, microbatches, run
 
 BLOCKS = "blocks"
 """Everything below it is stacked over the repeats of the pattern."""
@@ -97,20 +97,14 @@ def capturing(module: nn.Module, passes: list[PyTree], orders: list[Order]) -> A
 
     def apply(
         params: Params,
-        tokens: Int[Array, "batch length"],
-        *,
-        positions: Int[Array, "batch length"] | None = None,
-        segment_ids: Int[Array, "batch length"] | None = None,
+        *inputs: Array,
         key: PRNGKeyArray | None = None,
         method: str = "__call__",
+        **named: Array | None,
     ) -> Any:
         order: Order = {}
-        rngs = None if key is None else {"dropout": key}
-        arguments = (tokens, positions, segment_ids, None, key is None)
         with nn.intercept_methods(_record_order(order)):
-            (output, _), captured = module.apply(
-                {"params": params}, *arguments, rngs=rngs, method=method, mutable=[CAPTURED]
-            )
+            (output, _), captured = run(module, params, inputs, named, key, method, [CAPTURED])
         passes.append(captured.get(CAPTURED, {}))
         orders.append(order)
         return output

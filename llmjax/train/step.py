@@ -5,9 +5,9 @@ from (seed, step, microbatch): a resumed run draws what the uninterrupted one wo
 """
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import flax.linen as nn
 import jax
@@ -31,31 +31,40 @@ Metrics = dict[str, Metric]
 
 
 def apply_of(module: nn.Module) -> Apply:
-    """The module as the function that objectives take: parameters and tokens in, output out; a key turns on dropout.
+    """The module as the function that objectives take: parameters and inputs in, output out; a key turns on dropout.
 
     Features hold the losses and metrics that layers hand out; logits come without them.
     """
 
     def apply(
         params: Params,
-        tokens: Int[Array, "batch length"],
-        *,
-        positions: Int[Array, "batch length"] | None = None,
-        segment_ids: Int[Array, "batch length"] | None = None,
+        *inputs: Array,
         key: PRNGKeyArray | None = None,
         method: str = "__call__",
+        **named: Array | None,
     ) -> Any:
-        rngs = None if key is None else {"dropout": key}
-        arguments = (tokens, positions, segment_ids, None, key is None)
         if method != "features":
-            return module.apply({"params": params}, *arguments, rngs=rngs, method=method)[0]
-        (features, _), collected = module.apply(
-            {"params": params}, *arguments, rngs=rngs, method=method, mutable=[LOSSES, METRICS]
-        )
+            return run(module, params, inputs, named, key, method)[0]
+        (features, _), collected = run(module, params, inputs, named, key, method, [LOSSES, METRICS])
         losses = over_layers(jnp.sum, collected.get(LOSSES, {}))
         return features.replace(losses=losses, metrics=over_layers(jnp.mean, collected.get(METRICS, {})))
 
     return apply
+
+
+def run(
+    module: nn.Module,
+    params: Params,
+    inputs: Sequence[Array],
+    named: Mapping[str, Array | None],
+    key: PRNGKeyArray | None,
+    method: str,
+    mutable: list[str] | Literal[False] = False,
+) -> Any:
+    """The module's (output, state), and the `mutable` collections if there are any; inputs of None are left out."""
+    options: dict[str, Any] = {name: x for name, x in named.items() if x is not None}
+    options |= dict(deterministic=key is None, method=method, mutable=mutable)
+    return module.apply({"params": params}, *inputs, rngs=None if key is None else {"dropout": key}, **options)
 
 
 @dataclass(frozen=True)

@@ -10,12 +10,16 @@ import optax
 import pytest
 
 from llmjax.config import ConfigError, validate
+from llmjax.data.shapes import Shapes
+from llmjax.experiment import Experiment
 from llmjax.nn.clip import CLIP, TEXT, VISION, at_most, unit, zero_shot_head
 from llmjax.nn.positions import LearnedPositions
 from llmjax.nn.vit import ViT, patchify, unpatchify
 from llmjax.objectives.classification import Classification
 from llmjax.objectives.contrastive import Contrastive, contrastive_loss
 from llmjax.parallel.mesh import RULES
+from llmjax.train.config import Train
+from llmjax.train.loop import fit
 from llmjax.train.step import apply_of
 from tests.evidence import evidence
 
@@ -128,6 +132,17 @@ def test_classification(evidence):
     evidence.record(abs(float(loss - expected)), 1e-5)
     assert metrics["accuracy"].mean() == pytest.approx(np.mean(np.argmax(logits, axis=1) == labels))
     assert float(metrics["loss"].count) == TOKENS.size
+
+
+def test_the_trainer_takes_images(tmp_path):
+    """Two updates on pictures of shapes, and the held-out accuracy."""
+    model = ViT(side=16, patch=8, classes=6, d_model=8, layers=1, positions=LearnedPositions(5))
+    data = Shapes(side=16, batch_size=4, eval_rows=4)
+    train = Train(steps=2, eval_every=2, checkpoint_every=0)
+    result = fit(Experiment(model=model, data=data, objective=Classification(), train=train), tmp_path)
+    assert result["steps"] == 2
+    assert math.isfinite(result["val_loss"])
+    assert result["val_accuracy"] in (0, 0.25, 0.5, 0.75, 1)
 
 
 @evidence("A46", oracle="unit vectors; the text up to its end alone; matrix product", code="llmjax.nn.clip")

@@ -15,8 +15,8 @@ from llmjax.nn.mamba import Mamba
 from llmjax.nn.mamba2 import Mamba2
 from llmjax.nn.rg_lru import RGLRU
 from tests.evidence import evidence
+from tests.mixers.cases import forward, in_parts
 from tests.models.golden import relative_error
-from tests.nn.mixers import forward, in_parts
 
 pytestmark = pytest.mark.parity
 TOLERANCE = 5e-6

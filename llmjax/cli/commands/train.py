@@ -11,6 +11,7 @@ from llmjax.cli.progress import Progress
 from llmjax.cli.runs import open_run
 from llmjax.cli.text import duration, short, table
 from llmjax.config import ConfigError, InputError
+from llmjax.data import Data
 from llmjax.eval.compressors import Rate, compare
 from llmjax.experiment import Experiment, compatible, load, load_experiment, load_record, save
 from llmjax.plan import arithmetic
@@ -98,7 +99,8 @@ def finish(experiment: Experiment, run_dir: Path, result: dict[str, Any]) -> dic
     opened = open_run(run_dir, "best")
     prompt = experiment.generate.prompt
     completion = sample(opened, prompt)
-    rates = compare(experiment.data) if result.get("val_bits_per_byte") is not None else None
+    measured = result.get("val_bits_per_byte") is not None
+    rates = compare(experiment.data) if measured and isinstance(experiment.data, Data) else None
     logged = history.read(run_dir)
     files = plots.save({experiment.name: logged}, run_dir / "plots")
     rows = comparison(result["val_bits_per_byte"], rates) if rates else []

@@ -1,1 +1,1 @@
-"""Synthetic tasks: rows of token ids with known answers, made from (seed, split, step, row) alone."""
+"""Synthetic tasks: rows of symbols with known answers, each made from a random generator alone."""

@@ -4,9 +4,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
-from jaxtyping import Bool, Int
 
-from llmjax.data.tasks.base import Task
+from llmjax.data.tasks.base import Row, Task, next_symbol
 
 
 @dataclass(frozen=True)
@@ -28,23 +27,23 @@ class Recall(Task):
         return 1 + 2 * self.keys
 
     def problems(self) -> Iterator[tuple[str, str]]:
-        """More pairs than keys."""
+        """No pairs, or more than keys."""
         if not 1 <= self.pairs <= self.keys:
             yield "pairs", f"must lie between 1 and keys={self.keys}"
 
     def problems_in(self, length: int) -> Iterator[tuple[str, str]]:
         """Too short a row."""
         if length + 1 < 4 * self.pairs:
-            yield "pairs", f"needs rows of {4 * self.pairs - 1} tokens, data.length is {length}"
+            yield "pairs", f"needs rows of {4 * self.pairs - 1} tokens, not {length}"
 
-    def row(self, length: int, random: np.random.Generator) -> tuple[Int[np.ndarray, " row"], Bool[np.ndarray, " row"]]:
-        """Pairs at the beginning, queries at random even places after them."""
+    def row(self, length: int, random: np.random.Generator) -> Row:
+        """Pairs at the beginning, questions at random even places after them."""
         n = self.pairs
         keys = 1 + random.permutation(self.keys)[:n]
         values = 1 + self.keys + random.integers(self.keys, size=n)
-        symbols, answers = np.zeros(length + 1, np.int64), np.zeros(length + 1, bool)
+        symbols, asked = np.zeros(length + 1, np.int64), np.zeros(length + 1, bool)
         symbols[0 : 2 * n : 2], symbols[1 : 2 * n : 2] = keys, values
-        places = 2 * n + 2 * random.permutation((length + 1 - 2 * n) // 2)[:n]
-        symbols[places], symbols[places + 1] = keys, values
-        answers[places + 1] = True
-        return symbols, answers
+        questions = 2 * n + 2 * random.permutation((length + 1 - 2 * n) // 2)[:n]
+        symbols[questions], symbols[questions + 1] = keys, values
+        asked[questions + 1] = True
+        return next_symbol(symbols, asked)

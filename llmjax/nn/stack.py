@@ -1,0 +1,270 @@
+"""What every transformer model is made of: embeddings with positions, a repeated pattern of blocks, a last norm."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Int
+
+from llmjax.nn.block import Block, BlockModule
+from llmjax.nn.distance import DistanceBias
+from llmjax.nn.initializers import GPT2Init, Init
+from llmjax.nn.linear import parameter
+from llmjax.nn.mixer import Cache, Context, Distance
+from llmjax.nn.norms import Norm, RMSNorm
+from llmjax.nn.positions import Positions
+from llmjax.nn.reversible import ReversibleModule, branches_of, reversible
+from llmjax.nn.sites import CAPTURED, INTERVENTIONS, site
+
+
+@dataclass(frozen=True)
+class Stack:
+    """norm(blocks(dropout(embedding_norm(x + positions)))), x the embeddings of tokens. Base of the models."""
+
+    d_model: int = 128
+    """width of the residual stream"""
+    layers: int = 4
+    """number of blocks, a multiple of the pattern's length"""
+    pattern: tuple[Block, ...] = (Block(),)
+    """the blocks that are repeated; parameters are stacked over the repeats"""
+    norm: Norm | None = RMSNorm()
+    """normalisation after the last block; None for post-norm stacks"""
+    positions: Positions | None = None
+    """absolute positions added to the embeddings; None where attention rotates, or for no positions"""
+    embedding_norm: Norm | None = None
+    """normalisation of the embeddings (BERT, 1810.04805; BLOOM, 2211.05100)"""
+    distance: DistanceBias | None = None
+    """a bias of the scores by distance, one table for the attention of all layers (T5, ALiBi)"""
+    dropout: float = 0.0
+    """probability that a feature of an embedding is dropped in training"""
+    initializer: Init = GPT2Init()
+    """distribution of the initial weights"""
+    remat: Literal["none", "full", "dots", "reversible"] = "none"
+    """what the backward pass recomputes: nothing, all but block inputs, all but products with weights, or block inputs
+    too, which reversible blocks get back from their outputs (float32 advised: rounding does not cancel exactly)"""
+    unroll: int = 8
+    """repeats laid out in one step of the scan: short stacks run faster on CPU fully unrolled; 1 where remat is on"""
+
+    def problems(self) -> Iterator[tuple[str, str]]:
+        """Fields that contradict each other, blocks and their mixers included."""
+        for name in ("d_model", "layers", "unroll"):
+            if getattr(self, name) < 1:
+                yield name, "must be at least 1"
+        if not self.pattern:
+            yield "pattern", "must hold at least one Block"
+        elif self.layers % len(self.pattern):
+            yield "layers", f"must be a multiple of the pattern's length {len(self.pattern)}"
+        if not 0 <= self.dropout < 1:
+            yield "dropout", "must be at least 0 and below 1"
+        for i, block in enumerate(self.pattern):
+            yield from ((f"pattern.{i}.{field}", why) for field, why in block.problems_at(self.d_model))
+        yield from wiring_problems(self.pattern, self.remat)
+        if self.distance is not None:
+            yield from distance_problems(self.pattern)
+        for field, why in () if self.positions is None else self.positions.problems_at(self.d_model):
+            yield f"positions.{field}", why
+
+    @property
+    def repeats(self) -> int:
+        """How often the pattern is repeated."""
+        return self.layers // len(self.pattern)
+
+    def empty_state(self, batch: int, length: int, dtype: DTypeLike) -> dict[str, Any]:
+        """Decode state before any token: `slot` (tokens stored), `positions` `[batch, length]`, `blocks` stacked."""
+        layer = {str(i): b.mixer.init_state(self.d_model, batch, length, dtype) for i, b in enumerate(self.pattern)}
+        return {
+            "slot": jnp.zeros((), jnp.int32),
+            "positions": jnp.full((batch, length), -1, jnp.int32),
+            "blocks": jax.tree.map(lambda a: jnp.broadcast_to(a, (self.repeats, *a.shape)), layer),
+        }
+
+    def matmul_params(self) -> int:
+        """Weights of all blocks that multiply each token."""
+        return self.repeats * sum(block.matmul_params(self.d_model) for block in self.pattern)
+
+    def mixing_flops(self, length: int) -> float:
+        """Forward FLOPs per token of all mixing in rows (and memories) of `length`."""
+        total = 0.0
+        for block in self.pattern:
+            total += block.mixer.mixing_flops(self.d_model, length)
+            total += block.cross.mixing_flops(self.d_model, length) if block.cross is not None else 0
+        return self.repeats * total
+
+    def cache_bytes_per_token(self, dtype: DTypeLike) -> int:
+        """Bytes of decode state that one more token of context costs, over all layers, beyond a long context."""
+        far = 2**20
+        near, twice = (sum(b.mixer.state_bytes(self.d_model, n, dtype) for b in self.pattern) for n in (far, 2 * far))
+        return self.repeats * (twice - near) // far
+
+
+class StackModule(nn.Module):
+    """Base of the models' modules: owns `positions`, `embedding_norm`, `distance`, `blocks` and `norm`.
+
+    Sites embedded and final.
+    """
+
+    config: Stack
+
+    def hidden(
+        self, x: Float[Array, "batch length d_model"], context: Context, state: dict[str, Any] | None
+    ) -> tuple[Float[Array, "batch length d_model"], dict[str, Any] | None]:
+        """The states of embedded tokens after the last norm, and the layers' decode state; for compact methods."""
+        c = self.config
+        if c.distance is not None:
+            heads = next(filter(None, (b.mixer.distance_heads() for b in c.pattern)))
+            table = c.distance.build(heads, c.initializer, "distance")()
+            context = replace(context, distance=Distance(table, c.distance))
+        if c.positions is not None:
+            x = x + c.positions.build(c.d_model, c.initializer, name="positions")(context.positions).astype(x.dtype)
+        if c.embedding_norm is not None:
+            x = c.embedding_norm.build("embedding_norm")(x)
+        x = site(self, "embedded", nn.Dropout(c.dropout, deterministic=context.deterministic)(x))
+        x, state = self.blocks(x, context, state)
+        if c.norm is not None:
+            x = c.norm.build("norm")(x)
+        return site(self, "final", x), state
+
+    def blocks(
+        self, x: Float[Array, "batch length d_model"], context: Context, state: dict[str, Any] | None
+    ) -> tuple[Float[Array, "batch length d_model"], dict[str, Any] | None]:
+        """All blocks; two streams begin as equals and end as their mean.
+
+        Streams are reconstructed where the backward pass is all that matters: not where states are kept, activations
+        are read or edited, or parameters are drawn.
+        """
+        c = self.config
+        if c.pattern[0].order != "reversible":
+            return scanned(c)(c, name="blocks")(x, context, state)
+        used = self.is_initializing() or self.is_mutable_collection(CAPTURED) or INTERVENTIONS in self.variables
+        if c.remat == "reversible" and state is None and not used:
+            layers = {kind: tree["blocks"] for kind, tree in self.variables.items() if "blocks" in tree}
+            keys = None
+            if not context.deterministic:
+                keys = jax.random.key_data(jax.random.split(self.make_rng("dropout"), c.repeats))
+            pairs = branches_of(c.pattern, c.d_model, c.layers, c.initializer)
+            one, two = reversible(pairs, (layers, keys), (x, x), context)
+        else:
+            (one, two), state = scanned(c)(c, name="blocks")((x, x), context, state)
+        return (one + two) / 2, state
+
+
+class Repeat(nn.Module):
+    """One repeat of the pattern, in the form that nn.scan carries."""
+
+    config: Stack
+
+    @nn.compact
+    def __call__(self, x: Any, context: Context, state: dict[str, Any] | None) -> tuple[Any, dict[str, Any] | None]:
+        """Run the pattern's blocks on the stream (reversible ones: on two); `state` holds one entry a block."""
+        c, new = self.config, {}
+        for i, block in enumerate(c.pattern):
+            name = str(i)
+            layer = None if state is None else state[name]
+            module = ReversibleModule if block.order == "reversible" else BlockModule
+            x, new[name] = module(block, c.d_model, c.layers, c.initializer, name=name)(x, context, layer)
+        return x, None if state is None else new
+
+
+def scanned(config: Stack) -> Callable[..., nn.Module]:
+    """`Repeat`, rematerialised by name and scanned over its stacked parameters, sites and states."""
+    body, remat = Repeat, config.remat in ("full", "dots")
+    if remat:
+        policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable if config.remat == "dots" else None
+        body = nn.remat(Repeat, policy=policy, prevent_cse=False)
+    return nn.scan(
+        body,
+        variable_axes={True: 0},
+        split_rngs={True: True},
+        in_axes=(nn.broadcast, 0),
+        length=config.repeats,
+        # Laid out, XLA on CPU would merge what is recomputed with the forward pass again, and nothing would be saved.
+        unroll=1 if remat else min(config.unroll, config.repeats),
+        metadata_params={nn.PARTITION_NAME: "layers"},
+    )
+
+
+class Table(nn.Module):
+    """Owns one matrix called `label`, and returns it."""
+
+    label: str
+    shape: tuple[int, int]
+    axes: tuple[str, str]
+    initial: Callable[..., Float[Array, "rows columns"]]
+
+    @nn.compact
+    def __call__(self) -> Float[Array, "rows columns"]:
+        """The matrix."""
+        return parameter(self, self.label, self.initial, self.shape, self.axes)
+
+
+def embedding(vocab: int, d_model: int, init: Init, name: str | None = None) -> Table:
+    """The module of a table of token embeddings."""
+    return Table("embedding", (vocab, d_model), ("vocab", "d_model"), init.embedding(), name=name)
+
+
+def untied(vocab: int, d_model: int, init: Init, name: str | None = None) -> Table:
+    """The module of a head of its own."""
+    return Table("kernel", (d_model, vocab), ("d_model", "vocab"), init.kernel(d_model), name=name)
+
+
+def look_up(
+    table: Float[Array, "vocab d_model"], tokens: Int[Array, "batch length"]
+) -> Float[Array, "batch length d_model"]:
+    """The rows of `tokens`; ids beyond the table read its last row."""
+    return jnp.take(table, tokens, axis=0, mode="clip")
+
+
+def enter(
+    tokens: Int[Array, "batch length"],
+    positions: Int[Array, "batch length"] | None,
+    segment_ids: Int[Array, "batch length"] | None,
+    state: dict[str, Any] | None,
+) -> tuple[Context, dict[str, Any] | None]:
+    """The layers' shared context, and the state with these tokens' positions stored."""
+    if state is not None and segment_ids is not None:
+        raise ValueError("segment_ids belong to packed training batches; decoding takes positions, -1 for padding")
+    if positions is not None:
+        segment_ids = jnp.where(positions < 0, -1, 0 if segment_ids is None else segment_ids)
+    else:
+        start = 0 if state is None else state["slot"]
+        positions = jnp.broadcast_to(start + jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
+    if state is None:
+        return Context(positions, segment_ids), None
+    slot = state["slot"]
+    stored = jax.lax.dynamic_update_slice_in_dim(state["positions"], positions, slot, axis=1)
+    context = Context(positions, segment_ids, Cache(slot, stored))
+    return context, {**state, "slot": slot + positions.shape[1], "positions": stored}
+
+
+def distance_problems(pattern: tuple[Block, ...]) -> Iterator[tuple[str, str]]:
+    """Mixers that one table of distance biases does not fit."""
+    heads = [block.mixer.distance_heads() for block in pattern]
+    if not any(heads):
+        yield "distance", "finds no scores to bias: it needs attention with rope=None and soft_cap=None in the pattern"
+    for i, count in enumerate(heads):
+        rotary = getattr(pattern[i].mixer, "rope", None) is not None
+        if rotary or count not in (None, *list(filter(None, heads))[:1]):
+            why = "rotates too" if rotary else f"has {count} heads, another mixer of the pattern has other ones"
+            yield f"pattern.{i}.mixer", f"{why}: one table of distance biases serves all layers"
+
+
+def wiring_problems(pattern: tuple[Block, ...], remat: str) -> Iterator[tuple[str, str]]:
+    """Blocks of one stream beside blocks of two, and inputs that cannot be got back."""
+    reversible = [block.order == "reversible" for block in pattern]
+    if any(reversible) and not all(reversible):
+        yield f"pattern.{reversible.index(False)}.order", "must be reversible where another block of the pattern is"
+    if remat == "reversible" and not all(reversible):
+        yield "remat", "needs order=reversible in every block: others do not give their inputs back"
+
+
+def cross_problems(pattern: tuple[Block, ...], wanted: bool = False) -> Iterator[tuple[str, str]]:
+    """Cross-attention where there is no memory; none at all where there is one."""
+    reads = [block.cross is not None for block in pattern]
+    if wanted and not any(reads):
+        yield "pattern", "reads nothing of the encoder: give a Block cross=CrossAttention()"
+    for i in () if wanted else (i for i, read in enumerate(reads) if read):
+        yield f"pattern.{i}.cross", "reads the states of an encoder, which this stack has none of: use EncoderDecoder"
