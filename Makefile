@@ -103,7 +103,7 @@ multiprocess: setup-test  ## several jax processes on loopback
 matrix: setup-test  ## every leaf of every config
 	$(PYTEST) -m matrix $(ARGS)
 
-mixers: setup-test  ## the laws of every sequence mixer, and what training does to it; ARGS='-k Mamba' narrows them
+mixers: setup-test  ## every sequence mixer and stack: laws, oracles, transformations; ARGS='-k Mamba' narrows them
 	$(PYTEST) -m mixers $(ARGS)
 
 pairs: setup-test  ## pairwise combinations of the parts (half an hour; not in CI)

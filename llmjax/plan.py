@@ -6,8 +6,6 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 from jax.extend.core import Literal
 
 from llmjax.experiment import Experiment
@@ -71,10 +69,7 @@ def memory(experiment: Experiment, compiled: bool = False) -> dict[str, int]:
         "activations": activation_bytes(step, layout.abstract.params, microbatch(experiment)),
     }
     if compiled:
-        whole = {
-            name: np.empty(x.shape, x.dtype)
-            for name, x in batch(experiment.data.batch_size, experiment.data.length).items()
-        }
+        whole = experiment.data.empty(experiment.data.batch_size)
         step = dataclasses.replace(step, needs_objective=type(experiment.optimizer).needs_objective)
         analysis = Compiled(step, layout, mesh).compile(whole).executable.memory_analysis()
         found["compiled_temporary"] = analysis.temp_size_in_bytes
@@ -101,11 +96,5 @@ def activation_bytes(step: Step, params: Params, batch: Mapping[str, Any]) -> in
 
 def microbatch(experiment: Experiment) -> dict[str, jax.ShapeDtypeStruct]:
     """Shapes of what one forward pass sees."""
-    return batch(max(experiment.data.batch_size // experiment.train.accumulate, 1), experiment.data.length)
-
-
-def batch(rows: int, length: int) -> dict[str, jax.ShapeDtypeStruct]:
-    """Shapes of a batch."""
-    names = ("tokens", "targets", "positions", "segment_ids", "target_bytes")
-    integers = {name: jax.ShapeDtypeStruct((rows, length), jnp.int32) for name in names}
-    return integers | {"loss_mask": jax.ShapeDtypeStruct((rows, length), jnp.float32)}
+    rows = experiment.data.empty(max(experiment.data.batch_size // experiment.train.accumulate, 1))
+    return {name: jax.ShapeDtypeStruct(x.shape, x.dtype) for name, x in rows.items()}

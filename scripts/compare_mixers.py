@@ -41,11 +41,20 @@ from llmjax.nn.attention import Attention
 from llmjax.nn.block import Block
 from llmjax.nn.decoder import Decoder
 from llmjax.nn.delta_net import DeltaNet, GatedDeltaNet
+from llmjax.nn.hyena import Hyena
 from llmjax.nn.hymba import Hymba
 from llmjax.nn.initializers import GPT2Init
+from llmjax.nn.lsh_attention import LSHAttention
 from llmjax.nn.mamba import Mamba
 from llmjax.nn.mamba2 import Mamba2
+from llmjax.nn.mask_bigbird import BigBird
+from llmjax.nn.mask_longformer import Longformer
+from llmjax.nn.mask_longnet import LongNet
+from llmjax.nn.mask_moba import MoBA
+from llmjax.nn.mask_multiscale import MultiScale
+from llmjax.nn.mask_sparse import SparseTransformer
 from llmjax.nn.masks import AttentionMask, Chunked, Window
+from llmjax.nn.memorizing import MemorizingAttention
 from llmjax.nn.mixer import Context, Mixer
 from llmjax.nn.mla import MLA
 from llmjax.nn.positions import LearnedPositions, SinusoidalPositions
@@ -77,11 +86,20 @@ TASKS: dict[str, Task] = {
 }
 SMALL: dict[type, Any] = {
     MLA: MLA(heads=4, kv_rank=16, q_rank=None, nope_dim=8, rope_dim=8, value_dim=16),
+    LSHAttention: LSHAttention(buckets=8, reach=8),
+    MemorizingAttention: MemorizingAttention(segment=16, memory=4096, retrieved=8),
+    Hyena: Hyena(filter_length=64, d_filter=16),
     Mamba: Mamba(d_state=8, expand=1),
     Mamba2: Mamba2(d_state=16, head_dim=16, expand=1),
     Hymba: Hymba(mask=Window(16), ssm=Mamba(d_state=8, expand=1)),
     Window: Window(16),
     Chunked: Chunked(16),
+    BigBird: BigBird(block=8, globals=1, window=1, random=1),
+    Longformer: Longformer(window=16, globals=2),
+    LongNet: LongNet(segments=(16, 32, 64), dilations=(1, 2, 4)),
+    MoBA: MoBA(size=8, top_k=2),
+    MultiScale: MultiScale(block=8),
+    SparseTransformer: SparseTransformer(stride=8),
 }
 """Mixers and masks whose defaults are not made for width 64 and 64 tokens."""
 
@@ -152,6 +170,8 @@ def mixers() -> tuple[dict[str, tuple[Mixer, ...]], dict[str, str]]:
             left_out[name] = "sees later tokens, which these tasks ask for"
             del found[name]
     del found["Attention, Full"]  # which is Attention
+    del found["LandmarkAttention"]
+    left_out["LandmarkAttention"] = "needs a token of its own at the end of each block, which these tasks do not have"
     return found | HYBRIDS, left_out
 
 

@@ -1,4 +1,4 @@
-"""Where every catalogue row is: the file that computes it, the experiments that use it, its oracle. Writes docs/rows.md.
+"""Where every catalogue row is: its file, the experiments that use it, its oracle. Writes docs/rows.md.
 
     python -m scripts.rows
 
@@ -13,14 +13,15 @@ from pathlib import Path
 from typing import Any
 
 from llmjax.cli.listing import experiments
+
 from llmjax.experiment import load_experiment
 
 ROOT = Path(__file__).resolve().parent.parent
 HEAD = """# Rows
 
-Each catalogue row with a test that has an outside oracle: the file that computes it, the experiments whose config holds a
-component of that file, and what it was compared with. Errors are in [evidence.md](evidence.md). Functions that no config
-names (kernels, metrics, conversions) have no experiment of their own. Made by `python -m scripts.rows`.
+Each catalogue row with a test that has an outside oracle: the file that computes it, the experiments whose config holds
+a component of that file, and what it was compared with. Errors are in [evidence.md](evidence.md). Functions that no
+config names (kernels, metrics, conversions) have no experiment of their own. Made by `python -m scripts.rows`.
 
 | row | file | experiments | oracle |
 |---|---|---|---|

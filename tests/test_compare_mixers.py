@@ -10,6 +10,8 @@ from llmjax.nn.mixer import Mixer
 from scripts import compare_mixers
 from scripts.mixers_page import verdicts
 
+pytestmark = pytest.mark.mixers
+
 MIXER = "ChannelMixing"
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from llmjax.config import InputError
 from llmjax.data.codec import Codec
-from llmjax.data.packing import Batch
+from llmjax.data.packing import Batch, empty_batch
 
 
 class Batches(abc.ABC):
@@ -56,6 +56,10 @@ class Dataset(abc.ABC):
     @abc.abstractmethod
     def build(self, seed: int, cache_dir: str | Path | None = None) -> Batches:
         """Random access to the batches. Raises InputError where the data cannot be read, or is too little."""
+
+    def empty(self, rows: int) -> Batch:
+        """A batch of so many rows that hold nothing: its arrays' names, shapes and dtypes."""
+        return empty_batch(rows, self.length)
 
     def vocab(self) -> int | None:
         """Number of token ids, where it is known before anything is read."""

@@ -58,6 +58,11 @@ class Shapes(Dataset):
         """Words, marks and padding."""
         return len(WORDS)
 
+    def empty(self, rows: int) -> Batch:
+        """A batch of so many rows that hold nothing."""
+        images = np.zeros((rows, self.side, self.side, 3), np.float32)
+        return super().empty(rows) | {"images": images, "labels": np.zeros((rows, 1), np.int32)}
+
     def problems(self) -> Iterator[tuple[str, str]]:
         """Rows without room, pictures too small for their shapes."""
         yield from super().problems()

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
+from llmjax.config import InputError
 from llmjax.data.codec import Codec
 from llmjax.data.dataset import Batches, Dataset
 from llmjax.data.packing import Batch, empty_batch
@@ -85,9 +86,13 @@ class Symbols(Codec):
         self.fingerprint = f"symbols {count}"
 
     def encode(self, text: str) -> list[int]:
-        """The numbers in `text`."""
-        return [int(word) for word in text.split()]
+        """The numbers in `text`; raises InputError for anything else."""
+        words = text.split()
+        for word in words:
+            if not (word.isdecimal() and int(word) < self.vocab_size):
+                raise InputError(f"{word!r} is no symbol of this task: write numbers below {self.vocab_size}")
+        return [int(word) for word in words]
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The numbers, with spaces between them."""
-        return " ".join(map(str, ids))
+        """The numbers, a space before each."""
+        return "".join(f" {number}" for number in ids)

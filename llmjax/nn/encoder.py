@@ -99,7 +99,7 @@ class Encoded:
 
 
 class EncoderModule(StackModule):
-    """Owns `embed`, the stack's parts and, where they exist, `types`, `pooler` and `head`; sites those and pooled."""
+    """Owns `embed`, the stack's parts and, where they exist, `types`, `pooler` and `head`; site pooled."""
 
     config: Encoder
 

@@ -180,7 +180,7 @@ class GatedDecoderModule(DecoderModule):
     ) -> tuple[Float[Array, "batch length d_model"], dict[str, Any] | None]:
         """All blocks and, where there is a memory, the gated layers between them."""
         if self.memory is None:
-            return super().blocks(x, context, state)
+            return super().through_blocks(x, context, state)
         c = self.config
         return scanned(c)(c, self.gated, name="blocks")(x, replace(context, memory=self.memory), state)
 

@@ -123,12 +123,12 @@ class StackModule(nn.Module):
         if c.embedding_norm is not None:
             x = c.embedding_norm.build("embedding_norm")(x)
         x = site(self, "embedded", nn.Dropout(c.dropout, deterministic=context.deterministic)(x))
-        x, state = self.blocks(x, context, state)
+        x, state = self.through_blocks(x, context, state)
         if c.norm is not None:
             x = c.norm.build("norm")(x)
         return site(self, "final", x), state
 
-    def blocks(
+    def through_blocks(
         self, x: Float[Array, "batch length d_model"], context: Context, state: dict[str, Any] | None
     ) -> tuple[Float[Array, "batch length d_model"], dict[str, Any] | None]:
         """All blocks; two streams begin as equals and end as their mean.

@@ -10,7 +10,7 @@ from jaxtyping import Array, Float, PRNGKeyArray
 from llmjax.nn.metric import Metric
 from llmjax.nn.model import Params
 from llmjax.objectives.base import Apply, Batch, Objective
-from pallas_kernels.cross_entropy import linear_cross_entropy
+from llmjax.objectives.head import head_loss
 
 
 @dataclass(frozen=True)
@@ -34,8 +34,7 @@ class NextToken(Objective):
     ) -> tuple[Float[Array, ""], dict[str, Metric]]:
         """Mean loss over the tokens that `loss_mask` weights.
 
-        Metrics: loss; nll (nats a token); accuracy; bits_per_byte (nll over UTF-8 bytes of the targets); z_loss; and
-        what the model's layers hand out, whose losses count here once for each token.
+        Metrics: those of `head_loss`, and bits_per_byte (nll over UTF-8 bytes of the targets).
         """
         features = apply(
             params,
@@ -45,24 +44,6 @@ class NextToken(Objective):
             key=key,
             method="features",
         )
-        weights = batch["loss_mask"].reshape(-1).astype(jnp.float32)
-        hidden = features.hidden.reshape(-1, features.hidden.shape[-1])
-        targets = batch["targets"].reshape(-1)
-        total, tokens = linear_cross_entropy(
-            hidden, features.kernel, targets, weights, chunk=self.chunk, z_loss=self.z_loss, soft_cap=features.soft_cap
-        )
-        count = jnp.sum(weights)
-        nll = jnp.sum(weights * tokens.nll)
-        for loss in features.losses.values():
-            total = total + count * loss
-        text_bytes = jnp.sum(weights * batch["target_bytes"].reshape(-1))
-        metrics = {
-            "loss": Metric(total, count),
-            "nll": Metric(nll, count),
-            "accuracy": Metric(jnp.sum(weights * tokens.correct), count),
-            "bits_per_byte": Metric(nll / math.log(2), text_bytes),
-            "z_loss": Metric(self.z_loss * jnp.sum(weights * jnp.square(tokens.lse)), count),
-        }
-        handed_out = features.losses | features.metrics
-        metrics |= {name: Metric(count * value, count) for name, value in handed_out.items()}
-        return total / jnp.maximum(count, 1.0), metrics
+        value, metrics = head_loss(features, batch["targets"], batch["loss_mask"], self.chunk, self.z_loss)
+        text_bytes = jnp.sum(batch["loss_mask"] * batch["target_bytes"])
+        return value, metrics | {"bits_per_byte": Metric(metrics["nll"].total / math.log(2), text_bytes)}

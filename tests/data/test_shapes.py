@@ -8,6 +8,8 @@ import pytest
 from llmjax.config import ConfigError, validate
 from llmjax.data.shapes import COLOURS, FORMS, PLACES, Shapes, picture
 
+pytestmark = pytest.mark.mixers
+
 DATA = Shapes(batch_size=8, eval_rows=16, side=24)
 
 

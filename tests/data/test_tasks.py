@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from llmjax.config import ConfigError, subclasses, validate
+from llmjax.config import ConfigError, InputError, subclasses, validate
 from llmjax.data import Synthetic
 from llmjax.data.tasks.base import Task, places
 from llmjax.data.tasks.copying import Copying
@@ -209,8 +209,11 @@ def test_the_fingerprint_is_of_what_the_rows_depend_on():
 def test_symbols_are_written_as_numbers():
     """The tokenizer of a task: ids as words, there and back."""
     codec = DATA.build(0).tokenizer
-    assert (codec.vocab_size, codec.decode([3, 0, 8]), codec.encode("3 0 8")) == (9, "3 0 8", [3, 0, 8])
+    assert (codec.vocab_size, codec.decode([3, 0, 8]), codec.encode("3 0 8")) == (9, " 3 0 8", [3, 0, 8])
     assert DATA.vocab() == 9
+    for word in ("9", "-1", "three"):
+        with pytest.raises(InputError, match=f"^'{word}' is no symbol of this task: write numbers below 9$"):
+            codec.encode(f"3 {word}")
 
 
 @pytest.mark.parametrize(

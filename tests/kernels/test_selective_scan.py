@@ -11,6 +11,8 @@ from pallas_kernels.selective_scan import selective_scan, xla
 from tests.evidence import evidence
 from tests.kernels.recurrence import IDS, slopes, with_gradients, worst
 
+pytestmark = pytest.mark.mixers
+
 FORMS = ("reference", "xla")
 EXACT = 1e-12  # float64 rounding of sums over 21 tokens, 6 channels and 4 states, relative to the largest entry
 NAMES = ("x", "dt", "A", "B", "C", "D", "z", "dt_bias", "initial_state")

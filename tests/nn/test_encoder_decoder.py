@@ -23,6 +23,8 @@ from llmjax.objectives.span_corruption import SpanCorruption
 from llmjax.train.step import apply_of
 from tests.evidence import evidence
 
+pytestmark = pytest.mark.mixers
+
 VOCAB, D, INIT = 31, 16, GPT2Init(std=0.2)
 SHAPE = {"d_model": D, "layers": 2, "initializer": INIT, "unroll": 1}
 HEADS = {"heads": 2, "head_dim": 6}

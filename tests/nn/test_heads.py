@@ -20,8 +20,11 @@ from llmjax.nn.multi_token import MultiToken
 from llmjax.nn.softmax_mixture import Mixture, SoftmaxMixture, log_mixture
 from llmjax.objectives.head import head_loss
 from llmjax.objectives.multi_token import NextTokens
+from llmjax.objectives.next_token import NextToken
 from llmjax.train.step import apply_of
 from tests.evidence import evidence
+
+pytestmark = pytest.mark.mixers
 
 D, VOCAB, K = 6, 40, 3
 RANDOM = np.random.default_rng(0)
@@ -209,3 +212,13 @@ def test_without_a_chain_there_is_nothing_to_predict_with():
     ):
         with pytest.raises(ConfigError, match=r"multi_token\.(depth|block)"):
             validate(dataclasses.replace(MODEL, multi_token=chain))
+
+
+def test_next_token_trains_every_head():
+    """The mixture's loss is that of its own log-probabilities."""
+    model = dataclasses.replace(MODEL, multi_token=None, mixture=SoftmaxMixture(3))
+    loss, _ = jax.jit(lambda p: NextToken(chunk=5).loss(apply_of(model.build()), p, BATCH, None))(params_of(model))
+    found = features(model, params_of(model), TOKENS, BATCH["positions"], BATCH["segment_ids"])
+    probability = probabilities(found.hidden, found.kernel, found.mixture)
+    nll = -np.log(np.take_along_axis(probability, BATCH["targets"][..., None], axis=-1)[..., 0])
+    np.testing.assert_allclose(loss, np.sum(nll * BATCH["loss_mask"]) / BATCH["loss_mask"].sum(), rtol=1e-5)

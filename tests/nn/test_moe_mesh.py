@@ -19,7 +19,7 @@ from llmjax.nn.router import TopK
 from llmjax.parallel.mesh import MeshConfig, batch_sharding, shardings
 from tests.evidence import evidence
 
-pytestmark = pytest.mark.devices(8)
+pytestmark = [pytest.mark.devices(8), pytest.mark.mixers]
 LAYER = MoE(4, GLU(d_ff=8, bias=True), TopK(2), shared=1, z_loss=0.1, bias_rate=0.1)
 TOLERANCE = 2e-6
 """Relative to the largest value: float32 sums in another order."""

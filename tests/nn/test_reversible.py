@@ -23,6 +23,8 @@ from llmjax.nn.reversible import branches_of, reversible
 from llmjax.nn.t5_bias import T5Bias
 from tests.evidence import evidence
 
+pytestmark = pytest.mark.mixers
+
 INIT = GPT2Init(std=0.2)
 BLOCKS = (
     Block(Attention(heads=2, rope=None), GLU(d_ff=24), order="reversible", dropout=0.3),
@@ -162,7 +164,7 @@ def test_cached_steps_equal_the_full_pass_and_sites_are_open(params):
     out, sites = captured(params, {})
     chex.assert_trees_all_close(out, full, atol=2e-5 * scale)
     assert sites["blocks"]["1"]["resid_post"].shape == (2, 2, 11, 16)
-    zero = {"blocks": {"0": {"mlp_out": {"mask": jnp.ones((2, 1, 1, 1), bool), "value": jnp.zeros((2, 1, 1, 1))}}}}
+    zero = {"blocks": {"0": {"resid_mid": {"mask": jnp.ones((2, 1, 1, 1), bool), "value": jnp.zeros((2, 1, 1, 1))}}}}
     without = jax.jit(lambda p: MODEL.build().apply({"params": p, "interventions": zero}, TOKENS)[0])(params)
     chex.assert_trees_all_close(without, captured(params, zero)[0], atol=2e-5 * scale)
     assert jnp.abs(without - full).max() > 1e-3 * scale

@@ -18,6 +18,8 @@ from llmjax.nn.prior_tr import information, prior_tr
 from llmjax.nn.token_reduction import Seen, Stage, gather, kept, reduced_logits, visual_attention
 from tests.evidence import evidence
 
+pytestmark = pytest.mark.mixers
+
 RANDOM = np.random.default_rng(0)
 IMAGE = jnp.asarray([[0, 1, 1, 1, 1, 1, 1, 0, 0], [1, 1, 1, 1, 1, 1, 0, 0, 0]], bool)
 

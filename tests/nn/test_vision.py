@@ -23,6 +23,8 @@ from llmjax.train.loop import fit
 from llmjax.train.step import apply_of
 from tests.evidence import evidence
 
+pytestmark = pytest.mark.mixers
+
 SIZES = dict(side=8, patch=4, d_model=16, layers=2, positions=LearnedPositions(5), unroll=1)
 CLASSIFIER = ViT(classes=3, **SIZES)
 PAIRED = CLIP(

@@ -23,6 +23,8 @@ from llmjax.objectives.with_images import WithImages
 from llmjax.train.step import apply_of
 from tests.evidence import evidence
 
+pytestmark = pytest.mark.mixers
+
 VISION = ViT(classes=None, side=8, patch=4, d_model=12, layers=1, positions=LearnedPositions(5))
 LANGUAGE = Decoder(vocab=17, d_model=16, layers=2, pattern=(Block(mixer=Attention(heads=2)),), unroll=1)
 INJECTED = LLaVA(vision=VISION, language=LANGUAGE, image_token=3)

@@ -98,7 +98,7 @@ def finish(experiment: Experiment, run_dir: Path, result: dict[str, Any]) -> dic
     """Curves, a sample, the comparison with compressors and the page; returns what they add to the figures."""
     opened = open_run(run_dir, "best")
     prompt = experiment.generate.prompt
-    completion = sample(opened, prompt)
+    text = sample(opened, prompt).text if experiment.model.generates() else None
     measured = result.get("val_bits_per_byte") is not None
     rates = compare(experiment.data) if measured and isinstance(experiment.data, Data) else None
     logged = history.read(run_dir)
@@ -111,7 +111,7 @@ def finish(experiment: Experiment, run_dir: Path, result: dict[str, Any]) -> dic
         history=logged,
         comparison=rows,
         comparison_note=note(experiment),
-        samples=[(prompt, completion.text)],
+        samples=[] if text is None else [(prompt, text)],
         arithmetic=arithmetic_rows(arithmetic(experiment)),
         config=fields(experiment),
         origin=origin(load_record(run_dir)),
@@ -120,10 +120,12 @@ def finish(experiment: Experiment, run_dir: Path, result: dict[str, Any]) -> dic
     print(f"\n{table(headline(experiment, result))}")
     if rows:
         print(f"\n{table(rows, right=(1, 2))}\n{note(experiment)}")
-    print(f"\nsample: {prompt}{page.visible(completion.text)}\n\nreport {written}, plots {run_dir / 'plots'}")
+    if text is not None:
+        print(f"\nsample: {prompt}{page.visible(text)}")
+    print(f"\nreport {written}, plots {run_dir / 'plots'}")
     return {
         "compressors": {name: rate._asdict() for name, rate in rates.items()} if rates else None,
-        "sample": {"prompt": prompt, "text": completion.text},
+        "sample": None if text is None else {"prompt": prompt, "text": text},
         "plots": files,
         "report": written,
     }
