@@ -22,8 +22,8 @@ Every mixer that a decoder can use, on synthetic tasks that tell mixers apart. M
 
 Each model is {setting["layers"]} layers of width {setting["width"]} that hold a mixer and no feed-forward layer,
 trained on rows of {setting["length"]} tokens, {setting["batch"]} a step, for {setting["steps"]} steps of AdamW at
-{setting["rate"]:g}: one seed, and the same rate for all, so that a mixer that needs another one, or longer, is shown
-below what it can do. Accuracy is over held-out answers.
+{setting["rate"]:g}, or until {setting["done"]:.1%} of the held-out answers are right (the accuracy).
+One seed, and the same rate for all: a mixer that needs another one, or longer, is shown below what it can do.
 
 {tasks}
 

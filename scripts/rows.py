@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from llmjax.cli.listing import experiments
+from llmjax.cli.commands.list import experiments
 
 from llmjax.experiment import load_experiment
 
