@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 from llmjax.cli.commands.list import experiments
-
 from llmjax.experiment import load_experiment
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -158,7 +158,10 @@ def test_every_verb_explains_itself_with_an_example_that_it_understands(verb: st
         (("generate", "{folder}"), "{folder} is no run directory: config.json: No such file or directory"),
         (("plot", "{folder}"), "{folder} holds no metrics.jsonl: train first, or name another run directory"),
         (("diff", "{file}", "gone.py"), "cannot read the experiment file gone.py: No such file or directory"),
-        (("list", "Atention"), "no component or kind is called Atention: did you mean Attention?"),
+        (
+            ("list", "Atention"),
+            "no component or kind is called Atention: did you mean Attention, Retention, LSHAttention?",
+        ),
         (("train", "{file}", "--run-dir={file}"), "--run-dir={file} is a file: give a directory"),
         (
             ("train", "{file}", "--run-dir={folder}"),
