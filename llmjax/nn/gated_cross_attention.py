@@ -1,6 +1,6 @@
 """Gated cross-attention: layers that let a finished language model look at images, and change nothing at first."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -19,7 +19,7 @@ from llmjax.nn.mlp import MLP, FeedForward
 from llmjax.nn.model import Features, Model, readout
 from llmjax.nn.norms import LayerNorm, Norm
 from llmjax.nn.sites import site
-from llmjax.nn.stack import Repeat
+from llmjax.nn.stack import Repeat, scanned
 from llmjax.nn.visual_tokens import Projector, ProjectorModule
 from llmjax.nn.vit import ViT, ViTModule
 
@@ -107,8 +107,6 @@ class Flamingo(Model):
         if self.vision.classes is not None:
             yield "vision.classes", "makes a head that the language model does not read: use None"
         yield from ((f"gated.{field}", why) for field, why in self.gated.problems_at(self.language.d_model))
-        if self.language.remat != "none":
-            yield "language.remat", "must be none: a stack with gated layers is not rematerialised"
         if any(block.order == "reversible" for block in self.language.pattern):
             yield "language.pattern", "must have one residual stream: gated layers have no place in reversible blocks"
 
@@ -175,14 +173,16 @@ class GatedDecoderModule(DecoderModule):
     gated: GatedCrossAttention
     memory: Memory | None
 
-    def blocks(
+    def through_blocks(
         self, x: Float[Array, "batch length d_model"], context: Context, state: dict[str, Any] | None
     ) -> tuple[Float[Array, "batch length d_model"], dict[str, Any] | None]:
         """All blocks and, where there is a memory, the gated layers between them."""
-        if self.memory is None:
-            return super().through_blocks(x, context, state)
+        return super().through_blocks(x, replace(context, memory=self.memory), state)
+
+    def repeated(self) -> nn.Module:
+        """The module of all repeats of gated layer and pattern, called `blocks`."""
         c = self.config
-        return scanned(c)(c, self.gated, name="blocks")(x, replace(context, memory=self.memory), state)
+        return super().repeated() if self.memory is None else scanned(c, GatedRepeat)(c, self.gated, name="blocks")
 
 
 class GatedRepeat(Repeat):
@@ -196,16 +196,3 @@ class GatedRepeat(Repeat):
         c = self.config
         x = GatedCrossAttentionModule(self.gated, c.d_model, c.layers, c.initializer, name="gated")(x, context)
         return super().__call__(x, context, state)
-
-
-def scanned(config: Decoder) -> Callable[..., nn.Module]:
-    """`GatedRepeat` scanned over its stacked parameters, sites and states."""
-    return nn.scan(
-        GatedRepeat,
-        variable_axes={True: 0},
-        split_rngs={True: True},
-        in_axes=(nn.broadcast, 0),
-        length=config.repeats,
-        unroll=min(config.unroll, config.repeats),
-        metadata_params={nn.PARTITION_NAME: "layers"},
-    )

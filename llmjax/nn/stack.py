@@ -138,7 +138,7 @@ class StackModule(nn.Module):
         """
         c = self.config
         if c.pattern[0].order != "reversible":
-            return scanned(c)(c, name="blocks")(x, context, state)
+            return self.repeated()(x, context, state)
         used = self.is_initializing() or self.is_mutable_collection(CAPTURED) or INTERVENTIONS in self.variables
         if c.remat == "reversible" and state is None and not used:
             layers = {kind: tree["blocks"] for kind, tree in self.variables.items() if "blocks" in tree}
@@ -148,8 +148,12 @@ class StackModule(nn.Module):
             pairs = branches_of(c.pattern, c.d_model, c.layers, c.initializer)
             one, two = reversible(pairs, (layers, keys), (x, x), context)
         else:
-            (one, two), state = scanned(c)(c, name="blocks")((x, x), context, state)
+            (one, two), state = self.repeated()((x, x), context, state)
         return (one + two) / 2, state
+
+    def repeated(self) -> nn.Module:
+        """The module of all repeats of the pattern, called `blocks`."""
+        return scanned(self.config)(self.config, name="blocks")
 
 
 class Repeat(nn.Module):
@@ -169,12 +173,12 @@ class Repeat(nn.Module):
         return x, None if state is None else new
 
 
-def scanned(config: Stack) -> Callable[..., nn.Module]:
-    """`Repeat`, rematerialised by name and scanned over its stacked parameters, sites and states."""
-    body, remat = Repeat, config.remat in ("full", "dots")
+def scanned(config: Stack, body: type[nn.Module] = Repeat) -> Callable[..., nn.Module]:
+    """`body`, rematerialised by name and scanned over its stacked parameters, sites and states."""
+    remat = config.remat in ("full", "dots")
     if remat:
         policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable if config.remat == "dots" else None
-        body = nn.remat(Repeat, policy=policy, prevent_cse=False)
+        body = nn.remat(body, policy=policy, prevent_cse=False)
     return nn.scan(
         body,
         variable_axes={True: 0},
