@@ -1,7 +1,8 @@
 """Every sequence mixer on tasks that tell mixers apart: writes docs/mixers.json, docs/mixers.md and docs/mixers.png.
 
     python -m scripts.compare_mixers                          everything
-    python -m scripts.compare_mixers --only Mamba,positions   these runs or sections; what else the page has stays
+    python -m scripts.compare_mixers --only Mamba positions   these runs or sections; what else the page has stays
+    python -m scripts.compare_mixers --only speed             layers timed again, on an idle machine
     python -m scripts.compare_mixers --only none              the page again, from docs/mixers.json
 
 Mixers and masks are found by type; their sizes, hybrids and what else is tried stand below. Models are trained side by
@@ -317,7 +318,7 @@ def environment() -> dict[str, Any]:
 def wanted(sections: dict[str, dict[str, Any]], only: list[str]) -> list[tuple[str, str, Any]]:
     """(section, name, spec) of the runs named in `only` (names or sections); of all where it is empty."""
     listed = [(section, name, spec) for section, specs in sections.items() for name, spec in specs.items()]
-    known = {"none", *sections, *(name for _, name, _ in listed)}
+    known = {"none", "speed", *sections, *(name for _, name, _ in listed)}
     if unknown := [name for name in only if name not in known]:
         raise SystemExit(f"unknown: {', '.join(unknown)}; there is {', '.join(sorted(known))}")
     return [entry for entry in listed if not only or entry[0] in only or entry[1] in only]
@@ -339,10 +340,10 @@ def measure(folder: Path, only: list[str], effort: Effort, pooled: bool = True) 
         results[section][name] = record | {"environment": environment()}
         print(f"{section}: {name}", flush=True)
         path.write_text(json.dumps(results, indent=1) + "\n")
-    for (section, name), spec in specs.items():
-        if section == "mixers":
-            results[section][name]["tokens_per_second"] = speeds(spec, effort)
-            print(f"speed: {name}", flush=True)
+    timed = results["mixers"] if "speed" in only else [name for section, name in specs if section == "mixers"]
+    for name in timed:
+        results["mixers"][name]["tokens_per_second"] = speeds(found[name], effort)
+        print(f"speed: {name}", flush=True)
     path.write_text(json.dumps(results, indent=1) + "\n")
     results = json.loads(path.read_text())
     (folder / "mixers.md").write_text(page(results))
@@ -368,12 +369,12 @@ def setting(effort: Effort) -> dict[str, Any]:
 def main() -> None:
     """Measure and write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", default="", help="names of runs or sections, with commas between; none for the page")
+    parser.add_argument("--only", nargs="*", default=[], help="names of runs or sections; none for the page")
     parser.add_argument("--quick", action="store_true", help="a few steps: to see that it works")
     parser.add_argument("--out", type=Path, default=DOCS, help="folder of the three files (docs)")
     arguments = parser.parse_args()
     effort = QUICK if arguments.quick else Effort()
-    measure(arguments.out, list(filter(None, arguments.only.split(","))), effort, pooled=not arguments.quick)
+    measure(arguments.out, arguments.only, effort, pooled=not arguments.quick)
 
 
 if __name__ == "__main__":

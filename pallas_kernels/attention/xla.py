@@ -12,6 +12,8 @@ SHORT = 1024
 """Up to the square of this many scores a head, the weights are kept and the gradient is the automatic one."""
 BLOCKS = 4
 """Blocks of a short sequence: more skip more of the upper triangle, and make more and smaller products."""
+UNDIVIDED = 63
+"""Up to this many queries are one block: its products cost less than to start several."""
 
 
 def xla_attention(
@@ -34,7 +36,8 @@ def laid_out(operands: Operands, visible: Visible, rule: Rule) -> tuple[Array, A
     length = query.shape[1]
     tokens = ends(visible.seen, (length, key.shape[1]))
     square = visible.seen.positions is None and length == key.shape[1]
-    size = -(-length // BLOCKS) if square and (rule.causal or rule.window) else length
+    divided = square and (rule.causal or rule.window) and length > UNDIVIDED
+    size = -(-length // BLOCKS) if divided else length
     # Widened, so that the gradients of the blocks are summed in float32.
     wide_key, wide_value = (x.astype(jnp.promote_types(x.dtype, jnp.float32)) for x in (key, value))
     parts = []

@@ -5,6 +5,7 @@ what a case costs is compiling it.
 """
 
 import functools
+import importlib
 from unittest import mock
 
 import jax
@@ -25,6 +26,12 @@ OUTPUT_TOLERANCE = 1e-5  # float32 sums over at most 13 keys, scores up to about
 GRADIENT_TOLERANCE = 2e-4  # of sums over every element, whose float32 errors add up
 FORMS = {"reference": ("reference", None), "xla": ("xla", None), "tiled": ("xla", Config(4, 5)), "tpu": ("tpu", None)}
 PLAIN = ("reference", "xla", "tiled")
+
+
+@pytest.fixture(autouse=True)
+def small_blocks(monkeypatch):
+    """Rows of 13 tokens in several blocks."""
+    monkeypatch.setattr(importlib.import_module("pallas_kernels.attention.xla"), "UNDIVIDED", 4)
 
 
 @st.composite

@@ -1,5 +1,6 @@
 """What the golden and the live tests share: our model's loss, logits and gradients under transformers' names."""
 
+import functools
 from pathlib import Path
 
 import jax
@@ -26,6 +27,7 @@ def random_params(config, seed=0):
     return jax.tree.map(lambda leaf: rng.normal(0, 0.3, leaf.shape).astype(np.float32), config.abstract())
 
 
+@functools.partial(jax.jit, static_argnums=0)
 def logits(config, params, tokens):
     return config.build().apply({"params": params}, jnp.asarray(tokens))[0]
 
@@ -55,7 +57,7 @@ def loss(config, params, tokens, labels):
 
 def gradients(config, params, tokens, labels):
     """Gradient of the loss by transformers' tensor: the layout is a permutation, so gradients map like weights."""
-    grads = jax.grad(lambda p: loss(config, p, tokens, labels))(params)
+    grads = jax.jit(jax.grad(lambda p: loss(config, p, tokens, labels)))(params)
     return mapping.export_weights(grads, config, family_of(config))
 
 

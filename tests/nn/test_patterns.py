@@ -1,6 +1,7 @@
 """Stacks of different layers, and attention's smaller options. Float32 rounding of a few sums unless said."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -13,10 +14,12 @@ from llmjax.nn.decoder import Decoder
 from llmjax.nn.mamba import Mamba
 from llmjax.nn.masks import Chunked, Window
 from tests.evidence import evidence
-from tests.mixers.cases import D_MODEL, INIT, apply, params_of
+from tests.mixers import cases
+from tests.mixers.cases import D_MODEL, INIT, params_of
 
 TOKENS = jax.random.randint(jax.random.key(7), (2, 12), 0, 29)
 X = np.random.default_rng(0).standard_normal((2, 12, D_MODEL)).astype(np.float32)
+apply = jax.jit(cases.apply, static_argnums=0)
 
 
 def decoder(*mixers, layers=4):
@@ -24,8 +27,9 @@ def decoder(*mixers, layers=4):
     return Decoder(vocab=29, d_model=D_MODEL, layers=layers, pattern=pattern, initializer=INIT)
 
 
+@functools.partial(jax.jit, static_argnums=0)
 def logits(model, params):
-    return jax.jit(lambda p: model.build().apply({"params": p}, TOKENS)[0])(params)
+    return model.build().apply({"params": params}, TOKENS)[0]
 
 
 def regrouped(params, count):

@@ -201,7 +201,11 @@ def test_gated_layers_are_rematerialised_with_their_blocks():
     def gradients(remat):
         model = dataclasses.replace(GATED, language=dataclasses.replace(LANGUAGE, remat=remat))
         logits = model.build().apply
-        return jax.jit(jax.grad(lambda p: (logits({"params": p}, TOKENS, images=IMAGES)[0] ** 2).mean())).lower(params).compile()
+        return (
+            jax.jit(jax.grad(lambda p: (logits({"params": p}, TOKENS, images=IMAGES)[0] ** 2).mean()))
+            .lower(params)
+            .compile()
+        )
 
     params = params_of(GATED)
     kept, again = gradients("none"), gradients("full")

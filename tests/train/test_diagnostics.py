@@ -54,13 +54,13 @@ def put(path, index, value):
     ],
 )
 def test_the_first_bad_value_is_named(evidence, path, index, value, expected):
-    experiment = tiny()
+    experiment = tiny({"model.layers": 2})
     found = diagnosis(experiment, put(path, index, value))
     evidence.record(expected not in found, 0)
 
 
 def test_a_bad_batch_is_named():
-    experiment = tiny()
+    experiment = tiny({"model.layers": 2})
     batch = batch_of(experiment)
     batch["loss_mask"][2, 3] = np.inf
     assert diagnosis(experiment, batch=batch).startswith("infinity in input loss_mask (1 of")

@@ -71,6 +71,11 @@ def plain_loss(experiment, params, batch):
     return jnp.sum(nll * batch["loss_mask"]) / jnp.sum(batch["loss_mask"])
 
 
+def plain_gradients(experiment, params, batch):
+    """Of `plain_loss`."""
+    return jax.jit(jax.grad(lambda p: plain_loss(experiment, p, batch)))(params)
+
+
 def distance(a, b):
     """Largest absolute difference between two trees of arrays."""
     return max(
@@ -89,9 +94,10 @@ def test_steps_are_those_of_plain_optax(evidence):
         optax.adamw(RATE, config.b1, config.b2, config.eps, weight_decay=config.weight_decay, mask=decayed),
     )
     opt_state = tx.init(params)
+    gradient = jax.jit(jax.grad(lambda p: plain_loss(experiment, p, batch)))
     for _ in range(3):
-        gradients = jax.grad(lambda p: plain_loss(experiment, p, batch))(params)
-        updates, opt_state = tx.update(gradients, opt_state, params)
+        gradients = gradient(params)
+        updates, opt_state = jax.jit(tx.update)(gradients, opt_state, params)
         params = optax.apply_updates(params, updates)
     state, metrics = run(experiment, batch, steps=3)
     np.testing.assert_allclose(metrics["grad_norm"].total, optax.tree.norm(gradients), rtol=1e-4)
@@ -110,7 +116,7 @@ def test_accumulated_gradients_are_those_of_the_big_batch(evidence, count):
     assert len(set(lengths)) > 1, "microbatches of equal weight would not show the weighting"
     step, planned, _ = build(experiment)
     state = planned.init(0)
-    whole = jax.grad(lambda p: plain_loss(experiment, p, batch))(state.params)
+    whole = plain_gradients(experiment, state.params, batch)
     gradients, metrics = jax.jit(step.gradients)(state, batch, jax.random.key(0))
     np.testing.assert_allclose(metrics["loss"].count, batch["loss_mask"].sum())
     evidence.record(distance(gradients, whole), 1e-6)
@@ -122,7 +128,7 @@ def test_a_microbatch_without_targets_changes_nothing():
     batch["loss_mask"][1::2] = 0
     step, planned, _ = build(experiment)
     state = planned.init(0)
-    half = jax.grad(lambda p: plain_loss(experiment, p, {k: v[::2] for k, v in batch.items()}))(state.params)
+    half = plain_gradients(experiment, state.params, {k: v[::2] for k, v in batch.items()})
     gradients, _ = jax.jit(step.gradients)(state, batch, jax.random.key(0))
     chex.assert_trees_all_close(gradients, half, atol=1e-6)
 
@@ -142,7 +148,8 @@ def test_keys_are_functions_of_seed_step_and_microbatch():
     assert loss(3, 1) == loss(3, 1)
     assert len({loss(3, 1), loss(4, 1), loss(3, 2)}) == 3
     key = jax.random.key(0)
-    alike = [step.microbatch(state, row, jax.random.fold_in(key, m))[1]["loss"].total for m in range(2)]
+    drawn = jax.jit(lambda m: step.microbatch(state, row, jax.random.fold_in(key, m))[1]["loss"].total)
+    alike = [drawn(m) for m in range(2)]
     assert alike[0] != alike[1]
 
 
@@ -201,7 +208,7 @@ def test_an_overflowing_loss_scale_backs_off_until_the_step_succeeds():
 def test_half_precision_gradients_are_near_those_of_float32():
     exact = build(tiny())[1].init(0)
     batch = batch_of(tiny())
-    whole = jax.grad(lambda p: plain_loss(tiny(), p, batch))(exact.params)
+    whole = plain_gradients(tiny(), exact.params, batch)
     for precision in (Precision("bfloat16"), Precision("float16", loss_scale=Dynamic(scale=1024.0))):
         step, planned, _ = build(tiny(precision=precision))
         gradients, _ = jax.jit(step.gradients)(planned.init(0), batch, jax.random.key(0))
@@ -272,8 +279,7 @@ def test_eight_devices_are_one(evidence, mesh, accumulate):
     experiment = dataclasses.replace(tiny({"data.batch_size": 16}, accumulate=accumulate), mesh=mesh)
     batch = batch_of(experiment)
     single = experiment.model.init(jax.random.key(experiment.seed))
-    expected = plain_loss(experiment, single, batch)
-    gradients = jax.grad(lambda p: plain_loss(experiment, p, batch))(single)
+    expected, gradients = jax.jit(jax.value_and_grad(lambda p: plain_loss(experiment, p, batch)))(single)
     step, planned, devices = build(experiment)
     state, placed = planned.init(experiment.seed), put(batch, batch_sharding(devices))
     # The same draws; erfinv may differ in its last bit between compiled programs.

@@ -1,4 +1,4 @@
-"""The smallest experiments that train: two layers of width 32 on bytes of made-up text."""
+"""The smallest experiments that train: one layer of width 32 on bytes of made-up text."""
 
 import dataclasses
 import random
@@ -33,7 +33,7 @@ def tiny(changes: dict[str, Any] | None = None, **train: Any) -> Experiment:
     defaults = {"steps": 12, "log_every": 3, "eval_every": 6, "eval_batches": 2, "checkpoint_every": 4}
     experiment = Experiment(
         name="tiny",
-        model=Decoder(vocab=257, d_model=32, layers=2, pattern=(Block(mixer=Attention(heads=2), mlp=GLU()),)),
+        model=Decoder(vocab=257, d_model=32, layers=1, pattern=(Block(mixer=Attention(heads=2), mlp=GLU()),)),
         data=Data(source=InMemory(texts=texts()), tokenizer=Bytes(), packing=ConcatAndSplit(), length=16, batch_size=8),
         objective=NextToken(chunk=None),
         optimizer=AdamW(schedule=Cosine(learning_rate=3e-3, warmup=2)),
