@@ -1,0 +1,16 @@
+"""Attention over a sequence that is split over devices."""
+
+from pallas_kernels.ring_attention.api import ring_attention, sharded_ring_attention
+from pallas_kernels.ring_attention.layout import from_layout, positions_of, to_layout
+from pallas_kernels.ring_attention.ulysses import Choice, choose, ulysses_attention
+
+__all__ = [
+    "Choice",
+    "choose",
+    "from_layout",
+    "positions_of",
+    "ring_attention",
+    "sharded_ring_attention",
+    "to_layout",
+    "ulysses_attention",
+]
