@@ -9,6 +9,7 @@ import importlib.metadata
 import importlib.util
 import inspect
 import json
+import math
 import os
 import platform
 import re
@@ -29,6 +30,7 @@ from llmjax.nn.decoder import Decoder
 from llmjax.nn.model import Model
 from llmjax.objectives.base import Objective
 from llmjax.objectives.next_token import NextToken
+from llmjax.parallel.fitting import misfits
 from llmjax.parallel.mesh import MeshConfig
 from llmjax.train.config import Train
 from llmjax.train.optimizers import AdamW, Optimizer
@@ -77,12 +79,25 @@ class Experiment:
         vocab, wanted = getattr(self.model, "vocab", None), self.data.vocab()
         if vocab is not None and wanted is not None and vocab < wanted:
             yield "model.vocab", f"is below the {wanted} token ids of data: raise it, or make fewer ids"
-        parts = self.train.accumulate * max(self.mesh.data, 1) * self.mesh.fsdp
-        if self.data.batch_size % parts:
-            why = "does not split over train.accumulate x mesh.data x mesh.fsdp"
-            yield "data.batch_size", f"{why}: use a multiple of {parts}"
+        yield from self.mesh_problems()
         if not 0 <= self.seed < 2**63:
             yield "seed", "must be at least 0 and below 2**63"
+
+    def mesh_problems(self) -> Iterator[tuple[str, str]]:
+        """Batches and parameters that the mesh cannot split."""
+        mesh, rows = self.mesh, {"train.accumulate": self.train.accumulate}
+        rows |= {f"mesh.{axis}": n for axis, n in mesh.over("batch").items()}
+        rows |= {"mesh.microbatches": mesh.microbatches} if mesh.stage > 1 else {}
+        tokens = {f"mesh.{axis}": n for axis, n in mesh.over("length").items()}
+        for name, size, over in (("batch_size", self.data.batch_size, rows), ("length", self.data.length, tokens)):
+            parts = math.prod(over.values())
+            if size % parts:
+                yield f"data.{name}", f"does not split over {' x '.join(over)}: use a multiple of {parts}"
+        if mesh.stage > 1 and getattr(self.model, "remat", None) == "reversible":
+            yield "model.remat", "does not run in stages: use full, or mesh.stage=1"
+        if mesh.fsdp * mesh.stage * mesh.expert * mesh.tensor > 1:
+            found = misfits(mesh, self.model.logical_axes(), self.model.abstract())
+            yield from ((f"mesh.{axis}", why) for axis, why in found)
 
 
 def load_experiment(spec: str, overrides: Sequence[str] = ()) -> Experiment:

@@ -88,6 +88,27 @@ SHOW = Verb(
     ),
     overrides=True,
 )
+PLAN = Verb(
+    name="plan",
+    summary="compile an experiment for chips that are not there: memory, time, collectives",
+    usage="EXPERIMENT|RUN_DIR --target=CHIP:SHAPE [--search] [--path.to.field=value ...]",
+    description=(
+        "Compile the training step with the real compiler for CHIP:SHAPE (v4, v5e, v5p, v6e, tpu7x; h200, hosts x 1 x\n"
+        "GPUs a host; cpu:N), and print whether it fits, the memory of a chip by class, the collectives along each\n"
+        "axis of the mesh, and a step time and MFU from a roofline whose terms are shown. TPUs need the extra `tpu`,\n"
+        "GPUs `cuda`, none of them the chips. LIBTPU_INIT_ARGS is passed on."
+    ),
+    example="llmjax plan experiments/pods/llama3_8b.py --target=v5p:4x4x4 --json",
+    arguments=(
+        EXPERIMENT,
+        (("--target",), {"required": True, "metavar": "CHIP:SHAPE", "help": "chips to plan for, such as v5p:4x4x4"}),
+        (
+            ("--search",),
+            {"action": "store_true", "help": "where it does not fit, try remat, meshes and microbatches in turn"},
+        ),
+    ),
+    overrides=True,
+)
 LIST = Verb(
     name="list",
     summary="list the components that a config can name, and the experiments",
@@ -123,4 +144,4 @@ DIFF = Verb(
         (("b",), {"metavar": "B", "help": "likewise"}),
     ),
 )
-VERBS = {verb.name: verb for verb in (TRAIN, EVAL, GENERATE, SHOW, LIST, PLOT, DIFF)}
+VERBS = {verb.name: verb for verb in (TRAIN, EVAL, GENERATE, SHOW, PLAN, LIST, PLOT, DIFF)}

@@ -12,11 +12,11 @@ from jaxtyping import Array, Float, Int
 
 from llmjax.nn.mlp import DenseFeedForward, Project, Projection
 from llmjax.nn.router import Choice, Slots
-from llmjax.parallel.mesh import Names, per_device
+from llmjax.parallel.mesh import Names, constrained, per_device
 
 Params = dict[str, dict[str, Float[Array, "experts ..."]]]
 Table = dict[str, Projection]
-TOKEN: Names = ("batch", "length", None)
+TOKEN: Names = ("buffers", "length", None)
 
 
 def dropless(
@@ -25,7 +25,8 @@ def dropless(
     """y_t = sum_j w_tj expert_{e_tj}(x_t), every pair of them; the sum in float32, the result in x's dtype.
 
     On a mesh every device runs its own experts (and its part of their hidden width) on the tokens of its part of the
-    batch, and the parts are added: tokens stay where they are. Gale et al. 2022 (2211.15841) named it.
+    batch, and the parts are added: tokens stay where they are, or are gathered from the devices that share the experts
+    out where a rule splits the batch over those too. Gale et al. 2022 (2211.15841) named it.
     """
     leaves, tree = jax.tree.flatten(params)
     split = {name: {leaf: axes_of(table[name], leaf) for leaf in params[name]} for name in params}
@@ -120,7 +121,8 @@ def buffered(
 ) -> Float[Array, "batch length d_model"]:
     """y_t = sum of w expert_e(x_t) over the slots that hold token t; zero for a token that is in none.
 
-    The experts run as one batched product over buffers `[batch, experts, capacity, d_model]`.
+    The experts run as one batched product over buffers `[batch, experts, capacity, d_model]`. Where a rule splits the
+    batch over the experts' axis too, buffers go to their experts and back, all to all (GShard, 2006.16668).
     """
 
     def project(name: str, x: Float[Array, "batch experts capacity inputs"]) -> Array:
@@ -128,6 +130,7 @@ def buffered(
         return y + params[name]["bias"][:, None] if table[name].bias else y
 
     rows = jax.vmap(lambda x, index: x.at[index].get(mode="fill", fill_value=0))(x, slots.tokens)
-    y = project("down", expert.hidden(project, rows)).astype(jnp.float32) * slots.weights[..., None]
+    y = project("down", expert.hidden(project, constrained(rows, ("buffers", "experts", None, None))))
+    y = constrained(y, ("buffers", "experts", None, None)).astype(jnp.float32) * slots.weights[..., None]
     zeros = jnp.zeros(x.shape, jnp.float32)
     return jax.vmap(lambda out, index, y: out.at[index].add(y, mode="drop"))(zeros, slots.tokens, y).astype(x.dtype)

@@ -19,7 +19,7 @@ from llmjax.nn.mlp import MLP, FeedForward
 from llmjax.nn.model import Features, Model, readout
 from llmjax.nn.norms import LayerNorm, Norm
 from llmjax.nn.sites import site
-from llmjax.nn.stack import Repeat, scanned
+from llmjax.nn.stack import Repeat
 from llmjax.nn.visual_tokens import Projector, ProjectorModule
 from llmjax.nn.vit import ViT, ViTModule
 
@@ -179,10 +179,9 @@ class GatedDecoderModule(DecoderModule):
         """All blocks and, where there is a memory, the gated layers between them."""
         return super().through_blocks(x, replace(context, memory=self.memory), state)
 
-    def repeated(self) -> nn.Module:
-        """The module of all repeats of gated layer and pattern, called `blocks`."""
-        c = self.config
-        return super().repeated() if self.memory is None else scanned(c, GatedRepeat)(c, self.gated, name="blocks")
+    def body(self) -> tuple[type[nn.Module], tuple[Any, ...]]:
+        """The module of one repeat, a gated layer before it where there is a memory, and what it is made from."""
+        return super().body() if self.memory is None else (GatedRepeat, (self.config, self.gated))
 
 
 class GatedRepeat(Repeat):

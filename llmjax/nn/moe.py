@@ -31,6 +31,7 @@ from llmjax.nn.router import (
     slots_of,
 )
 from llmjax.nn.sites import site
+from llmjax.parallel.mesh import constrained
 
 
 @dataclass(frozen=True)
@@ -177,6 +178,7 @@ class Logits(nn.Module):
         logits = jnp.einsum(
             "bld,de->ble", x.astype(jnp.float32), kernel.astype(jnp.float32), precision=jax.lax.Precision.HIGHEST
         )
+        logits = constrained(logits, ("batch", "length", None))  # a token's choice is among all experts
         if not self.biased:
             return logits, None
         bias = parameter(self, "bias", jax.nn.initializers.zeros, (self.experts,), ("experts",))

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
+from llmjax.nn.auxiliary import LOSSES, METRICS
 from llmjax.nn.block import Block, BlockModule
 from llmjax.nn.distance import DistanceBias
 from llmjax.nn.initializers import GPT2Init, Init
@@ -19,6 +20,8 @@ from llmjax.nn.norms import Norm, RMSNorm
 from llmjax.nn.positions import Positions
 from llmjax.nn.reversible import ReversibleModule, branches_of, reversible
 from llmjax.nn.sites import CAPTURED, INTERVENTIONS, site
+from llmjax.parallel.mesh import constrained
+from llmjax.parallel.pipeline import pipelined, stages
 
 
 @dataclass(frozen=True)
@@ -138,22 +141,56 @@ class StackModule(nn.Module):
         """
         c = self.config
         if c.pattern[0].order != "reversible":
-            return self.repeated()(x, context, state)
-        used = self.is_initializing() or self.is_mutable_collection(CAPTURED) or INTERVENTIONS in self.variables
-        if c.remat == "reversible" and state is None and not used:
-            layers = {kind: tree["blocks"] for kind, tree in self.variables.items() if "blocks" in tree}
-            keys = None
-            if not context.deterministic:
-                keys = jax.random.key_data(jax.random.split(self.make_rng("dropout"), c.repeats))
-            pairs = branches_of(c.pattern, c.d_model, c.layers, c.initializer)
-            one, two = reversible(pairs, (layers, keys), (x, x), context)
+            return self.repeated(x, context, state)
+        if c.remat == "reversible" and state is None and not self.watched():
+            one, two = reversible(
+                branches_of(c.pattern, c.d_model, c.layers, c.initializer), self.stacked(context), (x, x), context
+            )
         else:
-            (one, two), state = self.repeated()((x, x), context, state)
+            (one, two), state = self.repeated((x, x), context, state)
         return (one + two) / 2, state
 
-    def repeated(self) -> nn.Module:
-        """The module of all repeats of the pattern, called `blocks`."""
-        return scanned(self.config)(self.config, name="blocks")
+    def repeated(self, x: Any, context: Context, state: dict[str, Any] | None) -> tuple[Any, dict[str, Any] | None]:
+        """All repeats of the pattern: a pipeline of stages where the mesh has any, else (and to decode) a scan."""
+        body, options = self.body()
+        if stages() == 1 or state is not None or self.watched():
+            return scanned(self.config, body)(*options, name="blocks")(x, context, state)
+        module, kinds = body(*options, parent=None), [k for k in (LOSSES, METRICS) if self.is_mutable_collection(k)]
+
+        def repeat(layer: Any, x: Any, rows: Context, distance: Distance | None, part: Array) -> tuple[Any, Any]:
+            variables, key = layer
+            rngs = None if key is None else {"dropout": jax.random.fold_in(jax.random.wrap_key_data(key), part)}
+            x, rows = jax.tree.map(whole_rows, (x, rows))
+            own = replace(rows, distance=distance)
+            (x, _), handed = module.apply(variables, x, own, None, rngs=rngs, mutable=kinds)
+            return x, handed
+
+        rows = replace(context, distance=None)
+        x, handed = pipelined(repeat, self.stacked(context), x, rows, context.distance, self.config.remat)
+        for kind, tree in handed.items():
+            self.put_variable(kind, "blocks", tree)
+        return x, None
+
+    def body(self) -> tuple[type[nn.Module], tuple[Any, ...]]:
+        """The module of one repeat, and what it is made from."""
+        return Repeat, (self.config,)
+
+    def watched(self) -> bool:
+        """Whether parameters are drawn, or activations read or edited: then layers are run as they stand."""
+        reading = self.is_mutable_collection(CAPTURED) or INTERVENTIONS in self.variables
+        return self.is_initializing() or reading
+
+    def stacked(self, context: Context) -> tuple[Any, Int[Array, "repeats words"] | None]:
+        """Variables of all repeats by collection, and the data of one dropout key a repeat (None without dropout)."""
+        layers = {kind: tree["blocks"] for kind, tree in self.variables.items() if "blocks" in tree}
+        if context.deterministic:
+            return layers, None
+        return layers, jax.random.key_data(jax.random.split(self.make_rng("dropout"), self.config.repeats))
+
+
+def whole_rows(x: Array) -> Array:
+    """`x` `[batch, length, ...]`, its length whole: in stages XLA aborts on a gather along a split axis."""
+    return constrained(x, ("batch", *(None,) * (x.ndim - 1)))
 
 
 class Repeat(nn.Module):

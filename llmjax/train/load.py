@@ -36,7 +36,8 @@ def load_params(
 
 def params_of(experiment: Experiment, found: Checkpoint, mesh: MeshConfig) -> Params:
     """Float32 parameters of a checkpoint to evaluate and sample with (averaged, where the run averages), on `mesh`."""
-    target = plan(experiment.model, experiment.optimizer, experiment.train, mesh.build()).abstract
+    with mesh.in_force():
+        target = plan(experiment.model, experiment.optimizer, experiment.train, mesh.build()).abstract
     average = averaged(experiment.optimizer, experiment.train.ema)
     if average is None:
         return found.params(target.params)

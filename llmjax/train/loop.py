@@ -85,6 +85,7 @@ def fit(experiment: Experiment, run_dir: str | Path, *, report: Report = ignore)
         folder.mkdir(parents=True, exist_ok=True)
         with contextlib.ExitStack() as stack:
             stack.enter_context(locked(folder))
+            stack.enter_context(experiment.mesh.in_force())
             signals = stack.enter_context(StopSignals())
             trainer = stack.enter_context(contextlib.closing(Trainer(experiment, folder, report)))
             return trainer.run(signals)

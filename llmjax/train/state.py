@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax.core import meta
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import AbstractMesh, Mesh, NamedSharding
 from jaxtyping import Array, Int, PyTree
 
 from llmjax.nn.model import Model, Params
@@ -56,7 +56,7 @@ class Plan:
         return make(jax.random.key(seed))
 
 
-def plan(model: Model, optimizer: Any, train: Train, mesh: Mesh) -> Plan:
+def plan(model: Model, optimizer: Any, train: Train, mesh: Mesh | AbstractMesh) -> Plan:
     """The plan of a run on `mesh`, `optimizer` being its config. No memory is used.
 
     Raises ConfigError where a path pattern of the optimizer matches no parameter.

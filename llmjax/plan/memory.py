@@ -1,0 +1,52 @@
+"""Memory of one chip by class: the state exactly, from its shardings; what else there is, from the compiler."""
+
+import os
+from typing import Any
+
+from llmjax.plan.program import Program, needed_bytes, shard_bytes
+from llmjax.plan.target import Target
+
+
+def by_class(program: Program) -> dict[str, int]:
+    """Bytes on one chip.
+
+    `gradients` (float32, as the parameters) live during the step, so that they are a part of `temporaries` and not
+    added to them; `activations` are the temporaries beside them. What the compiler says is there only where the step
+    compiled.
+    """
+    state = program.layout.abstract
+    found = {
+        "parameters": shard_bytes(state.params),
+        "optimizer_state": shard_bytes(state.opt_state),
+        "ema": shard_bytes(state.ema),
+    }
+    gradients = found["parameters"]
+    if program.executable is None:
+        return found | {"gradients": gradients}
+    said = program.executable.memory_analysis()
+    found["batch_and_padding"] = said.argument_size_in_bytes - sum(found.values())
+    found["temporaries"] = said.temp_size_in_bytes
+    found["program"] = said.generated_code_size_in_bytes
+    found["results"] = max(said.output_size_in_bytes - said.alias_size_in_bytes, 0)
+    total = sum(found.values())
+    parts = {"gradients": gradients, "activations": max(said.temp_size_in_bytes - gradients, 0)}
+    return found | parts | {"total": total}
+
+
+def limit(target: Target) -> int:
+    """Bytes that a chip may hold; of fake CPU devices each its part of this machine's memory."""
+    if target.chip is not None:
+        return target.chip.hbm_bytes
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // target.chips
+
+
+def verdict(program: Program, target: Target) -> dict[str, Any]:
+    """Whether the step fits, and how much it takes of how much."""
+    classes, allowed = by_class(program), limit(target)
+    needed = classes.get("total") or needed_bytes(program.refusal)
+    return {
+        "fits": program.executable is not None and needed <= allowed,
+        "hbm_bytes_per_chip": needed,
+        "hbm_limit_bytes": allowed,
+        "memory": classes,
+    }
