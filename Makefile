@@ -25,7 +25,7 @@ endif
 DEMO_PROMPT ?= The for statement is used to
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-test setup-parity setup-hardware demo test lint format evidence slow multiprocess matrix mixers pairs parity \
+.PHONY: help setup setup-test setup-parity setup-hardware demo test lint format evidence slow multiprocess matrix mixers long parity \
 	hardware newer full clean
 
 help:  ## list the targets
@@ -101,25 +101,26 @@ multiprocess: setup-test  ## several jax processes on loopback
 	$(PYTEST) -m multiprocess -n 0 $(ARGS)
 
 matrix: setup-test  ## every leaf of every config
-	$(PYTEST) -m matrix $(ARGS)
+	$(PYTEST) -m "matrix and not long" $(ARGS)
 
 mixers: setup-test  ## every sequence mixer and stack: laws, oracles, transformations; ARGS='-k Mamba' narrows them
-	$(PYTEST) -m mixers $(ARGS)
+	$(PYTEST) -m "mixers and not long" $(ARGS)
 
-pairs: setup-test  ## pairwise combinations of the parts (half an hour; not in CI)
-	$(PYTEST) -m pairs $(ARGS)
+long: setup-test setup-hardware  ## what CI has no time for: pairs of parts, all meshes, pods' plans (an hour or two)
+	$(PYTEST) -m "long and not hardware" $(ARGS)
+	$(HARDWARE_ENV) $(HARDWARE_VENV)/bin/python -m pytest -m "long and hardware" -n 1 $(ARGS)
 
 parity: setup-parity  ## torch, transformers and peft beside our code (own environment, Python 3.11)
 	OMP_NUM_THREADS=1 $(PARITY_VENV)/bin/python -m pytest -m parity $(ARGS)
 
 hardware: setup-hardware  ## compile for TPUs and GPUs that are not there (own environment, Python 3.11)
-	$(HARDWARE_ENV) $(HARDWARE_VENV)/bin/python -m pytest -m hardware -n 1 $(ARGS)
+	$(HARDWARE_ENV) $(HARDWARE_VENV)/bin/python -m pytest -m "hardware and not long" -n 1 $(ARGS)
 
 newer: setup-test  ## the subset CI runs with the newest Python and jax: make newer PYTHON=python3.13 VENV=.venv-newer
 	$(VENV)/bin/llmjax train experiments/quickstart.py --run-dir=$(DEMO_DIR) --train.steps=3
 	$(PYTEST) $(wildcard $(NEWER_TESTS)) $(ARGS)
 
-full: test lint slow multiprocess matrix mixers pairs parity hardware  ## everything
+full: test lint slow multiprocess matrix mixers long parity hardware  ## everything
 
 clean:  ## remove environments, caches and test records (never runs/)
 	rm -rf $(VENV) $(PARITY_VENV) $(HARDWARE_VENV) .venv-newer .cache .evidence .pytest_cache .ruff_cache .hypothesis \

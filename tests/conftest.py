@@ -21,7 +21,7 @@ ROOT = Path(__file__).resolve().parent.parent
 MEMORY_LIMIT = 16 * 2**30
 EVIDENCE = pytest.StashKey[Recorder]()
 PASSED = pytest.StashKey[bool]()
-SUITES = ("slow", "parity", "hardware", "multiprocess", "matrix", "mixers", "pairs")
+SUITES = ("slow", "parity", "hardware", "multiprocess", "matrix", "mixers")
 
 # Set before jax is imported anywhere, and inherited by the processes that tests start.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")

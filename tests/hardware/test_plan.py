@@ -68,6 +68,7 @@ def recorded():
             yield pytest.param(file, target, *map(float, numbers), id=f"{file}-{target}")
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("file", "target", "gib", "seconds", "mfu"), recorded())
 def test_recipes_take_what_their_files_say(file, target, gib, seconds, mfu, capsys):
     """Memory, time and MFU of every plan that a recipe records: 3 %, for other versions of the compiler."""

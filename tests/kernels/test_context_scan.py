@@ -60,7 +60,7 @@ def split(shards, layout, ids=None, **options):
 
 CASES = [(8, "zigzag", True, False), (4, "contiguous", False, True)]
 EVERY = [
-    pytest.param(*case, marks=pytest.mark.matrix)
+    pytest.param(*case, marks=pytest.mark.long)
     for case in [
         (n, layout, packed, packed) for n in (1, 2, 8) for layout in ("zigzag", "contiguous") for packed in (0, 1)
     ]

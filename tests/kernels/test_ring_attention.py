@@ -137,7 +137,7 @@ CASES = {
 BENT = {"is_causal": True, "logits_soft_cap": 2.0, "segment_ids": PACKED}
 QUICK = [("packed", 8, "zigzag", True), ("window", 4, "contiguous", False)]
 EVERY = [
-    pytest.param(*case, True, marks=pytest.mark.matrix)
+    pytest.param(*case, True, marks=pytest.mark.long)
     for case in itertools.product(CASES, (1, 2, 4, 8), LAYOUTS)
     if case not in [quick[:3] for quick in QUICK]
 ]
@@ -159,7 +159,7 @@ def test_a_ring_is_attention_of_the_whole(case, shards, layout, check, evidence)
     ("shards", "layout", "check"),
     [
         (4, "zigzag", False),
-        *(pytest.param(n, name, True, marks=pytest.mark.matrix) for n in (1, 8) for name in LAYOUTS),
+        *(pytest.param(n, name, True, marks=pytest.mark.long) for n in (1, 8) for name in LAYOUTS),
     ],
 )
 def test_sinks_and_cap(shards, layout, check, evidence):

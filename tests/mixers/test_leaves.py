@@ -111,6 +111,7 @@ def differs(base, other):
         return False
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", list(CASES))
 def test_every_leaf_of_a_mixer_is_alive(name):
     masked = name.startswith("mask-")

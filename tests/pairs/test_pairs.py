@@ -134,6 +134,7 @@ def losses(e, mesh, folder):
     return found, jax.device_get(state.params)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("row", covering(), ids=lambda row: "-".join(map(str, row.values())))
 def test_pairs_train_as_on_one_device(row, tmp_path):
     """Sums over devices are in another order; two steps of Adam turn rounding of tiny gradients into its step size."""

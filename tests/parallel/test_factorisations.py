@@ -55,7 +55,7 @@ def said(config):
 
 def chosen(configs, quick):
     """Parameters of a test: those in `quick` run always, the others in the matrix suite."""
-    marks = {True: (), False: (pytest.mark.matrix,)}
+    marks = {True: (), False: (pytest.mark.long,)}
     return [pytest.param(config, id=said(config), marks=marks[config in quick]) for config in configs]
 
 
@@ -171,7 +171,7 @@ def test_a_rule_may_split_the_batch_over_experts_too(name, evidence):
 
 
 @evidence("E48", oracle="one device", code="llmjax.parallel.mesh")
-@pytest.mark.matrix
+@pytest.mark.long
 @pytest.mark.parametrize("config", THREE, ids=said)
 @pytest.mark.parametrize("name", [name for name in VARIANTS if name != "capacity"])
 def test_every_variant_on_three_meshes(name, config, evidence):
