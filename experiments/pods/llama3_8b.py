@@ -14,6 +14,7 @@ Cost:   estimated, no pod has run it (libtpu 0.0.42; efficiencies in llmjax/plan
             20.7 GiB of 31.2 a chip, 3.733 s a step of 6,291,456 tokens, MFU 36.9 % (all pairs 41.5 %): matrix products
             2.11 s, attention 1.03 s, bound by HBM 0.29 s, collectives 0.30 s. The best published is 45.5 % (all pairs),
             with activations offloaded to the hosts. Attention of head_dim 128 leaves half of v6e's matrix unit idle.
+Expect: not known: no pod has trained it yet.
 Run:    llmjax train experiments/pods/llama3_8b.py --data.source.path=tokens/ --run-dir=runs/llama3_8b
 """
 
