@@ -66,6 +66,8 @@ class Attention(Mixer):
             divisors = [str(n) for n in range(1, self.heads + 1) if self.heads % n == 0]
             listed = " or ".join(filter(None, [", ".join(divisors[:-1]), divisors[-1]]))
             yield "kv_heads", f"does not divide heads={self.heads}: use {listed}"
+        if not self.causal and self.mask.causal_only():
+            yield "mask", "is made of past tokens: use causal=True, or another mask"
         if self.implementation is not None and self.implementation not in BACKENDS:
             yield "implementation", f"is no kernel of attention: use one of {', '.join(BACKENDS)}, or None"
 

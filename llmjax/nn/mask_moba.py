@@ -89,6 +89,10 @@ class MoBA(AttentionMask):
         best, number = jax.lax.top_k(jax.lax.stop_gradient(gates), min(self.top_k - 1, gates.shape[-1]))
         return jnp.where(best > -jnp.inf, number, -1)
 
+    def causal_only(self) -> bool:
+        """Yes."""
+        return True
+
     def keys_seen(self, length: int, causal: bool) -> float:
         """Those of the own block so far, and top_k - 1 blocks where there are as many; the choice is not counted."""
         i = np.arange(length)

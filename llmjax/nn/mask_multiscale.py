@@ -56,6 +56,10 @@ class MultiScale(AttentionMask):
             parts.append(before(bare, self.block).run(window=(2 * self.block - 1, 0), residual=True))
         return merge(scores, [*parts, *(far(bare, *level) for level in self.levels(scores.key.shape[1]))])
 
+    def causal_only(self) -> bool:
+        """Yes."""
+        return True
+
     def keys_seen(self, length: int, causal: bool) -> float:
         """Exact keys, and means."""
         i = np.arange(length)

@@ -113,6 +113,10 @@ class SparseTransformer(AttentionMask):
         at, tokens = some(scores.keys, chosen, max(length * self.summary // stride, 1))
         return pick(scores.key, at), pick(scores.value, at), tokens
 
+    def causal_only(self) -> bool:
+        """Yes."""
+        return True
+
     def keys_seen(self, length: int, causal: bool) -> float:
         """The mean of |A1 u A2|, or of |A1| or |A2|, or of both for heads of either kind."""
         i, stride = np.arange(length), self.stride

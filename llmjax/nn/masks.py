@@ -31,6 +31,10 @@ class AttentionMask:
         """Keys that a query sees, averaged over a document of `length` tokens (what FLOPs are counted from)."""
         raise NotImplementedError
 
+    def causal_only(self) -> bool:
+        """Whether it is made of past tokens, and means nothing where later ones are seen."""
+        return False
+
 
 @dataclass(frozen=True)
 class Full(AttentionMask):

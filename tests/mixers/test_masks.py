@@ -4,6 +4,7 @@ Every mask is run on whole rows and on packed documents and compared, document b
 over the keys that the loops find. Tolerance 5e-6: float32 sums of at most 29 products of numbers of order 1.
 """
 
+import contextlib
 import dataclasses
 import functools
 import itertools
@@ -32,6 +33,7 @@ from llmjax.nn.mixer import Distance
 from llmjax.nn.scores import Scores, Tokens
 from pallas_kernels.attention.mask import Mask, Rule, block_map, seen
 from tests.evidence import Recorder, evidence
+from tests.mixers.cases import CASES, D_MODEL, apply, params_of
 
 LENGTH, HEADS, KV_HEADS, HEAD_DIM = 29, 4, 2, 8
 TOLERANCE = 5e-6
@@ -242,6 +244,16 @@ def test_rows_beyond_the_length_of_bigbird_are_refused():
 def test_problems(mask, message):
     with pytest.raises(ConfigError, match=message):
         validate(mask)
+
+
+@pytest.mark.parametrize("name", [name for name in CASES if name.startswith("mask-")])
+def test_what_cannot_see_the_future_is_refused_by_its_config(name):
+    """Exactly the masks that raise without `causal`."""
+    mixer, x = dataclasses.replace(CASES[name], causal=False), jax.ShapeDtypeStruct((1, 12, D_MODEL), jnp.float32)
+    refused = [field for field, _ in mixer.problems()]
+    with pytest.raises(ValueError, match="causal=True") if refused else contextlib.nullcontext():
+        jax.eval_shape(lambda x: apply(mixer, params_of(CASES[name]), x), x)
+    assert refused in ([], ["mask"])
 
 
 @evidence("A10", oracle="the paper's worked positions for stride 128 and c = 8", code="llmjax.nn.mask_sparse")
