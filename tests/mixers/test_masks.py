@@ -33,7 +33,7 @@ from llmjax.nn.mixer import Distance
 from llmjax.nn.scores import Scores, Tokens
 from pallas_kernels.attention.mask import Mask, Rule, block_map, seen
 from tests.evidence import Recorder, evidence
-from tests.mixers.cases import CASES, D_MODEL, apply, params_of
+from tests.mixers import cases
 
 LENGTH, HEADS, KV_HEADS, HEAD_DIM = 29, 4, 2, 8
 TOLERANCE = 5e-6
@@ -246,14 +246,17 @@ def test_problems(mask, message):
         validate(mask)
 
 
-@pytest.mark.parametrize("name", [name for name in CASES if name.startswith("mask-")])
+MASKED = {name: mixer for name, mixer in cases.CASES.items() if name.startswith("mask-")}
+
+
+@pytest.mark.parametrize("name", MASKED)
 def test_what_cannot_see_the_future_is_refused_by_its_config(name):
     """Exactly the masks that raise without `causal`."""
-    mixer, x = dataclasses.replace(CASES[name], causal=False), jax.ShapeDtypeStruct((1, 12, D_MODEL), jnp.float32)
-    refused = [field for field, _ in mixer.problems()]
-    with pytest.raises(ValueError, match="causal=True") if refused else contextlib.nullcontext():
-        jax.eval_shape(lambda x: apply(mixer, params_of(CASES[name]), x), x)
+    mixer, x = dataclasses.replace(MASKED[name], causal=False), jax.ShapeDtypeStruct((1, 12, cases.D_MODEL), np.float32)
+    refused, params = [field for field, _ in mixer.problems()], cases.params_of(MASKED[name])
     assert refused in ([], ["mask"])
+    with pytest.raises(ValueError, match="causal=True") if refused else contextlib.nullcontext():
+        jax.eval_shape(lambda x: cases.apply(mixer, params, x), x)
 
 
 @evidence("A10", oracle="the paper's worked positions for stride 128 and c = 8", code="llmjax.nn.mask_sparse")
