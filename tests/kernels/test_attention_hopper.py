@@ -218,7 +218,7 @@ edges = st.none() | st.integers(0, 300)
 
 @settings(deadline=None, max_examples=50)
 @given(
-    lengths=st.tuples(st.integers(1, 400), st.integers(1, 400)),
+    lengths=st.tuples(*2 * [st.sampled_from([1, 64, 130, 400])]),  # each shape compiles
     causal=st.booleans(),
     window=st.none() | st.tuples(edges, edges),
 )

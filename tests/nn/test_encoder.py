@@ -63,6 +63,7 @@ def close(one, other):
     np.testing.assert_allclose(one, other, atol=2e-5 * np.abs(other).max(), rtol=0)
 
 
+@pytest.mark.mixers
 @pytest.mark.parametrize("name", list(NOT_CAUSAL))
 def test_mixers_that_see_the_future_run_here(name):
     """A later token changes an earlier state; documents, packed or padded, are what they are alone."""

@@ -158,7 +158,8 @@ def test_experts_with_capacity_on_three_meshes(config, evidence):
 
 
 @evidence("E53", oracle="one device", code="llmjax.nn.dispatch")
-@pytest.mark.parametrize("name", ["capacity", pytest.param("whole", marks=pytest.mark.matrix)])
+@pytest.mark.matrix
+@pytest.mark.parametrize("name", ["capacity", "whole"])
 def test_a_rule_may_split_the_batch_over_experts_too(name, evidence):
     """Tokens and experts on the same mesh axis: the buffers of experts go to them and back, and no weight is moved."""
     config = MeshConfig(data=2, expert=4, rules=(("batch", "data", "fsdp", "expert"),))
