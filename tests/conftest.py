@@ -6,6 +6,7 @@ would make every step slower and every default mesh eight wide. A module that ke
 as a whole, because arrays do not survive the new start.
 """
 
+import importlib.metadata
 import importlib.util
 import os
 import resource
@@ -27,8 +28,12 @@ SUITES = ("slow", "parity", "hardware", "multiprocess", "matrix", "mixers")
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(ROOT / ".cache" / "jax"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
-# What tests cost is compiling, and what they compile runs for milliseconds: LLVM need not optimise it.
-os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true")
+# What tests cost is compiling, and what they compile runs for milliseconds: LLVM need not optimise it, and fusions may be
+# written by the older emitters, which need a quarter of the time (XLA has dropped them since).
+FLAGS = ["--xla_backend_optimization_level=0", "--xla_llvm_disable_expensive_passes=true"]
+if importlib.metadata.version("jaxlib").startswith("0.10."):
+    FLAGS += ["--xla_cpu_use_fusion_emitters=false", "--xla_cpu_parallel_codegen_split_count=1"]
+os.environ.setdefault("XLA_FLAGS", " ".join(FLAGS))
 # A CPU multiplies float32 in float32 anyway; what is compiled for absent TPUs must keep the chip's own default.
 if os.environ["JAX_PLATFORMS"] != "cpu":
     os.environ.setdefault("JAX_DEFAULT_MATMUL_PRECISION", "float32")
