@@ -28,8 +28,8 @@ SUITES = ("slow", "parity", "hardware", "multiprocess", "matrix", "mixers")
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(ROOT / ".cache" / "jax"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
-# What tests cost is compiling, and what they compile runs for milliseconds: LLVM need not optimise it, and fusions may be
-# written by the older emitters, which need a quarter of the time (XLA has dropped them since).
+# What tests cost is compiling, and what they compile runs for milliseconds: LLVM need not optimise it, and the older
+# emitters of fusions, which later versions do not have, need a quarter of the time.
 FLAGS = ["--xla_backend_optimization_level=0", "--xla_llvm_disable_expensive_passes=true"]
 if importlib.metadata.version("jaxlib").startswith("0.10."):
     FLAGS += ["--xla_cpu_use_fusion_emitters=false", "--xla_cpu_parallel_codegen_split_count=1"]
