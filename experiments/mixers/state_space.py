@@ -2,9 +2,9 @@
 
 What:   2 layers of Mamba of width 64 and nothing else; 4 letters scattered among 56 blanks are to be repeated in order.
         Variants: Mamba-2, and models whose dynamics are the same at every token (S4, S4D, S5, Hyena's convolutions).
-Cost:   76 seconds of training on two of four busy CPU cores, 0.03M parameters.
-Expect: held-out accuracy 14 % after 300 steps (chance 6 %): the task is hardly learned yet; what separates the
-        variants has not been measured.
+Cost:   2 minutes of training on one CPU core, 0.03M parameters.
+Expect: held-out accuracy 57 % after 400 steps (chance 12 %), S4D 68 %: so early, what the paper claims does not show.
+        From other first weights (vocab=257) Mamba reached 86 % and S4D 69 %; other seeds and longer runs: not measured.
 Run:    llmjax train experiments/mixers/state_space.py --run-dir=runs/selective
         llmjax train experiments/mixers/state_space.py:s4d
 """
