@@ -3,6 +3,7 @@
 import functools
 import logging
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 from pallas_kernels import chips
@@ -19,6 +20,15 @@ class Backend(Protocol):
     @property
     def runs_on(self) -> Callable[[str, str], bool]:
         """Whether it runs on (platform, device kind)."""
+
+
+@dataclass(frozen=True)
+class ModuleBackend:
+    """An implementation that is a module of its own, the one of its name."""
+
+    summary: str
+    runs_on: Callable[[str, str], bool]
+    """of (platform, device kind)"""
 
 
 def choose(

@@ -2,33 +2,22 @@
 
 import functools
 import importlib
-from collections.abc import Callable
-from dataclasses import dataclass
 from types import ModuleType
 
 from jaxtyping import Array
 
 from pallas_kernels import dispatch
 from pallas_kernels.decode_attention.cache import Cache, Config
-from pallas_kernels.dispatch import everywhere, on_hopper, on_tpu
-
-
-@dataclass(frozen=True)
-class Backend:
-    """One implementation; the module of its name has `refusal(query, cache, config)` and `partials`."""
-
-    summary: str
-    runs_on: Callable[[str, str], bool]
-    """of (platform, device kind)"""
-
+from pallas_kernels.dispatch import ModuleBackend, everywhere, on_hopper, on_tpu
 
 BACKENDS = {
-    "tpu": Backend("Pallas Mosaic for TPU", on_tpu),
-    "xla": Backend("plain XLA, a loop over blocks of keys", everywhere),
-    "hopper": Backend("Pallas Mosaic GPU for sm_90a", on_hopper),
-    "reference": Backend("the definition, float32 or float64", everywhere),
+    "tpu": ModuleBackend("Pallas Mosaic for TPU", on_tpu),
+    "xla": ModuleBackend("plain XLA, a loop over blocks of keys", everywhere),
+    "hopper": ModuleBackend("Pallas Mosaic GPU for sm_90a", on_hopper),
+    "reference": ModuleBackend("the definition, float32 or float64", everywhere),
 }
-"""In the order in which `implementation=None` tries them: the Hopper kernel, run by no chip yet, must be asked for."""
+"""In the order in which `implementation=None` tries them: the Hopper kernel, run by no chip yet, must be asked for.
+Each module has `refusal(query, cache, config)` and `partials`."""
 
 
 @functools.cache

@@ -2,30 +2,18 @@
 
 import functools
 import importlib
-from collections.abc import Callable
-from dataclasses import dataclass
 from types import ModuleType
 
 from pallas_kernels import dispatch
-from pallas_kernels.dispatch import everywhere
+from pallas_kernels.dispatch import ModuleBackend, everywhere
 from pallas_kernels.gated_linear_attention.call import Call
 
-
-@dataclass(frozen=True)
-class Backend:
-    """One implementation; the module of its name has `refusal(call)` and `run(call)`."""
-
-    summary: str
-    runs_on: Callable[[str, str], bool]
-    """of (platform, device kind)"""
-
-
 BACKENDS = {
-    "xla": Backend("plain XLA, products within chunks and a loop over chunks", everywhere),
-    "quadratic": Backend("the attention matrix", everywhere),
-    "reference": Backend("the recurrence, token by token", everywhere),
+    "xla": ModuleBackend("plain XLA, products within chunks and a loop over chunks", everywhere),
+    "quadratic": ModuleBackend("the attention matrix", everywhere),
+    "reference": ModuleBackend("the recurrence, token by token", everywhere),
 }
-"""In the order in which `implementation=None` tries them."""
+"""In the order in which `implementation=None` tries them; each module has `refusal(call)` and `run(call)`."""
 
 
 @functools.cache

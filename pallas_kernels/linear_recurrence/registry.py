@@ -1,28 +1,17 @@
 """The implementations of the linear recurrence: where each can run, what it refuses, in the order they are tried."""
 
 import importlib
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from types import ModuleType
 
 from pallas_kernels import dispatch
-from pallas_kernels.dispatch import everywhere
-
-
-@dataclass(frozen=True)
-class Backend:
-    """One implementation; the module of its name has `refusal(chunk)` and `recurrence`."""
-
-    summary: str
-    runs_on: Callable[[str, str], bool]
-    """of (platform, device kind)"""
-
+from pallas_kernels.dispatch import ModuleBackend, everywhere
 
 BACKENDS = {
-    "xla": Backend("plain XLA, chunks side by side", everywhere),
-    "reference": Backend("the definition, one token after the other", everywhere),
+    "xla": ModuleBackend("plain XLA, chunks side by side", everywhere),
+    "reference": ModuleBackend("the definition, one token after the other", everywhere),
 }
-"""In the order in which `implementation=None` tries them."""
+"""In the order in which `implementation=None` tries them; each module has `refusal(chunk)` and `recurrence`."""
 
 
 def module_of(name: str) -> ModuleType:

@@ -1,30 +1,19 @@
 """The implementations of a hop: where each can run, what it refuses, in the order they are tried."""
 
 import importlib
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from types import ModuleType
 
 from pallas_kernels import dispatch
 from pallas_kernels.attention.mask import Rule, Seen
 from pallas_kernels.attention.vjp import Operands
-from pallas_kernels.dispatch import everywhere, on_tpu
-
-
-@dataclass(frozen=True)
-class Backend:
-    """One implementation; the module of its name has the functions of `xla`."""
-
-    summary: str
-    runs_on: Callable[[str, str], bool]
-    """of (platform, device kind)"""
-
+from pallas_kernels.dispatch import ModuleBackend, everywhere, on_tpu
 
 BACKENDS = {
-    "tpu": Backend("Pallas Mosaic for TPU, the softmax carried through the kernel", on_tpu),
-    "xla": Backend("plain XLA, tile by tile", everywhere),
+    "tpu": ModuleBackend("Pallas Mosaic for TPU, the softmax carried through the kernel", on_tpu),
+    "xla": ModuleBackend("plain XLA, tile by tile", everywhere),
 }
-"""In the order in which `implementation=None` tries them."""
+"""In the order in which `implementation=None` tries them; each module has the functions of `xla`."""
 
 
 def module_of(name: str) -> ModuleType:

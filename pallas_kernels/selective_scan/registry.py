@@ -1,29 +1,18 @@
 """The implementations of the selective scan: where each can run, in the order they are tried."""
 
 import importlib
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from types import ModuleType
 
 from pallas_kernels import dispatch
-from pallas_kernels.dispatch import everywhere
+from pallas_kernels.dispatch import ModuleBackend, everywhere
 from pallas_kernels.selective_scan.inputs import Tokens, Weights
 
-
-@dataclass(frozen=True)
-class Backend:
-    """One implementation; the module of its name has `refusal(tokens, weights)` and `scan`."""
-
-    summary: str
-    runs_on: Callable[[str, str], bool]
-    """of (platform, device kind)"""
-
-
 BACKENDS = {
-    "xla": Backend("plain XLA, the states of one chunk of tokens at a time", everywhere),
-    "reference": Backend("the definition, one token after the other", everywhere),
+    "xla": ModuleBackend("plain XLA, the states of one chunk of tokens at a time", everywhere),
+    "reference": ModuleBackend("the definition, one token after the other", everywhere),
 }
-"""In the order in which `implementation=None` tries them."""
+"""In the order in which `implementation=None` tries them; each module has `refusal(tokens, weights)` and `scan`."""
 
 
 def module_of(name: str) -> ModuleType:
