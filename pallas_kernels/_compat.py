@@ -18,7 +18,10 @@ CHIPS = {"NVIDIA H200": 132, "NVIDIA H100 80GB HBM3": 132}
 """Multiprocessors of the GPUs that can be named without being there."""
 gpu: Any = plgpu
 """for names and arguments that some of the versions lack"""
-LOAD_TAKES_INDEX = "idx" in inspect.signature(plgpu.load).parameters
+LOAD_NEEDS_INDEX = (
+    getattr(inspect.signature(plgpu.load).parameters.get("idx"), "default", None) is inspect.Parameter.empty
+)
+"""jax 0.10; 0.11 warns of it and 0.12 has none"""
 _simulation: contextvars.ContextVar[Any] = contextvars.ContextVar("simulation", default=None)
 
 
@@ -80,7 +83,7 @@ def gpu_kernel(
 
 def gpu_load(ref: Any, layout: Any) -> Array:
     """The whole of a ref in shared or global memory, in registers of `layout`."""
-    if LOAD_TAKES_INDEX:
+    if LOAD_NEEDS_INDEX:
         return gpu.load(ref, (), layout=layout, optimized=False)
     return gpu.load(ref, layout=layout, optimized=False)
 
