@@ -5,7 +5,6 @@ An experiment file defines `experiment() -> Experiment`; its other functions are
 
 import hashlib
 import importlib.machinery
-import importlib.metadata
 import importlib.util
 import inspect
 import json
@@ -34,9 +33,7 @@ from llmjax.parallel.fitting import misfits
 from llmjax.parallel.mesh import MeshConfig
 from llmjax.train.config import Train
 from llmjax.train.optimizers import AdamW, Optimizer
-
-PACKAGES = ("llmjax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
-"""Distributions whose versions are saved with a run."""
+from llmjax.train.process import versions
 
 MAY_CHANGE = (
     r"train\.steps",
@@ -194,7 +191,7 @@ def save(experiment: Any, run_dir: str | Path, argv: Sequence[str] = (), spec: s
     folder = source.resolve().parent if source.is_file() else Path.cwd()
     record = {
         "config": to_dict(experiment),
-        "packages": {name: _version(name) for name in PACKAGES},
+        "packages": versions(),
         "python": platform.python_version(),
         "git": _git(folder),
         "argv": list(argv),
@@ -208,13 +205,6 @@ def save(experiment: Any, run_dir: str | Path, argv: Sequence[str] = (), spec: s
 
 def _source(path: Path, spec: str | None) -> dict[str, Any]:
     return {"path": str(path.resolve()), "spec": spec, "text": path.read_text(encoding="utf-8")}
-
-
-def _version(name: str) -> str | None:
-    try:
-        return importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
-        return None
 
 
 def _git(folder: Path) -> dict[str, Any] | None:

@@ -33,16 +33,24 @@ class Verb:
 TRAIN = Verb(
     name="train",
     summary="train an experiment, or go on with a run",
-    usage="EXPERIMENT [--run-dir=DIR] [--path.to.field=value ...]",
+    usage="EXPERIMENT [--run-dir=DIR] [--hosts=auto|N ...] [--path.to.field=value ...]",
     description=(
         "Train an experiment in a new run directory (config.json, metrics.jsonl, checkpoints/, plots/, report.html).\n"
         "On a directory that holds the run already it goes on from the last checkpoint; only steps, intervals and the\n"
-        "mesh may then differ. SIGTERM and SIGINT save the step and end with exit code 0."
+        "mesh may then differ. SIGTERM and SIGINT save the step and end with exit code 0. With --hosts a run goes over\n"
+        "several machines, which share the run directory: each of them runs this same command."
     ),
     example="llmjax train experiments/quickstart.py --run-dir=runs/first --train.steps=200",
     arguments=(
         EXPERIMENT,
         (("--run-dir",), {"metavar": "DIR", "help": "run directory (default: runs/NAME-N, the first N that is free)"}),
+        (("--hosts",), {"metavar": "auto|N", "help": "processes of the run; auto: those of the cluster found"}),
+        (("--host",), {"type": int, "metavar": "I", "help": "number of this process, 0 to N-1"}),
+        (("--coordinator",), {"metavar": "HOST:PORT", "help": "process 0, as the others reach it"}),
+        (
+            ("--join-seconds",),
+            {"type": int, "default": 300, "metavar": "S", "help": "how long to wait for the other processes (300)"},
+        ),
     ),
     overrides=True,
 )

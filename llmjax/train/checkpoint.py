@@ -7,7 +7,8 @@
 
 A checkpoint is written under a hidden name and renamed once its manifest and everything in it are on the disk, so that
 a name made of digits stands for a complete checkpoint. Its hashes are verified before it is read, because
-orbax restores flipped bits without a word.
+orbax restores flipped bits without a word. Of several processes each writes what its devices hold, and the first one
+does everything else.
 """
 
 import contextlib
@@ -28,6 +29,7 @@ from jaxtyping import PyTree
 
 from llmjax.config import InputError
 from llmjax.nn.model import Params
+from llmjax.parallel import hosts
 from llmjax.train.errors import RunError, disk_full
 from llmjax.train.state import State, by_path, path_of
 
@@ -127,7 +129,14 @@ def verified(path: Path) -> Checkpoint:
     for name, digest in manifest.items():
         if _sha256(path / name) != digest:
             raise ValueError(f"{name} has changed since it was written")
-    meta = json.loads((path / META).read_text()) if META in manifest else {}
+    if META not in manifest:
+        raise ValueError(f"its manifest lacks {META}")
+    return read(path)
+
+
+def read(path: Path) -> Checkpoint:
+    """The checkpoint at `path`, which another process has verified. Raises OSError or ValueError where it is none."""
+    meta = json.loads((path / META).read_text())
     if meta.get("format") != FORMAT:
         raise ValueError(f"the format is {meta.get('format')!r}, not {FORMAT!r}")
     return Checkpoint(path, meta["step"], meta["val_loss"], meta["progress"], meta["arrays"])
@@ -140,13 +149,14 @@ class Writer:
         """Remove what an earlier process left unfinished; the caller holds the run's lock."""
         self._run_dir = Path(run_dir)
         self._folder = self._run_dir.resolve() / FOLDER
-        self._folder.mkdir(parents=True, exist_ok=True)
         self._keep_last, self._keep_best = keep_last, keep_best
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
         self._orbax: Any = None
-        for leftover in self._folder.glob(f"{HIDDEN}*"):
-            shutil.rmtree(leftover, ignore_errors=True)
+        if hosts.first():
+            self._folder.mkdir(parents=True, exist_ok=True)
+            for leftover in self._folder.glob(f"{HIDDEN}*"):
+                shutil.rmtree(leftover, ignore_errors=True)
 
     def set_aside(self, after: int) -> None:
         """Rename the checkpoints after step `after` to `damaged-<step>`: the run continues from before them."""
@@ -180,9 +190,7 @@ class Writer:
         }
         items = {"params": ocp.args.StandardSave(state.params), "state": ocp.args.StandardSave(rest)}
         with self._failing_clearly(partial):
-            shutil.rmtree(partial, ignore_errors=True)
-            _need_space(self._folder, sum(x.nbytes for x in jax.tree.leaves(state)))
-            partial.mkdir()
+            hosts.on_first(lambda: self._begin(partial, sum(x.nbytes for x in jax.tree.leaves(state))))
             self._orbax.save(partial / ARRAYS, args=ocp.args.Composite(**items))
         self._thread = threading.Thread(target=self._finish, args=(partial, target, meta), name="checkpoint")
         self._thread.start()
@@ -209,16 +217,22 @@ class Writer:
                 self._orbax.close()
                 self._orbax = None
 
+    def _begin(self, partial: Path, size: int) -> None:
+        shutil.rmtree(partial, ignore_errors=True)
+        _need_space(self._folder, size)
+        partial.mkdir()
+
     def _finish(self, partial: Path, target: Path, meta: dict[str, Any]) -> None:
         try:
             with self._failing_clearly(partial):
                 with _quiet():
-                    self._orbax.wait_until_finished()
-                seal(partial, meta)
-                _remove(target)
-                partial.rename(target)
-                _sync(target.parent)
-                self._rotate()
+                    self._orbax.wait_until_finished()  # in the first process: until all of them have written
+                if hosts.first():
+                    seal(partial, meta)
+                    _remove(target)
+                    partial.rename(target)
+                    _sync(target.parent)
+                    self._rotate()
         except BaseException as error:
             self._error = error
 

@@ -5,18 +5,17 @@ Perplexity is exp of the token NLL and nothing else.
 
 import math
 from collections.abc import Callable, Iterable, Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.sharding import Mesh
 
 from llmjax.nn.metric import Metric
 from llmjax.nn.model import Params
-from llmjax.parallel.mesh import batch_sharding
+from llmjax.parallel.mesh import replicated
 from llmjax.train.ema import Ema
 from llmjax.train.optimizers import Optimizer
-from llmjax.train.prefetch import put
 from llmjax.train.state import State
 from llmjax.train.step import Step
 
@@ -28,13 +27,13 @@ class Evaluator:
     """Evaluates a run's objective without dropout; compiled at the first batch, once."""
 
     def __init__(self, step: Step, mesh: Mesh) -> None:
-        self._mesh, self._sharding = mesh, batch_sharding(mesh)
-        self._loss = jax.jit(lambda params, batch: step.loss(params, batch, None)[1])
+        self._mesh = mesh
+        self._loss = jax.jit(lambda params, batch: step.loss(params, batch, None)[1], out_shardings=replicated(mesh))
 
-    def __call__(self, params: Params, batches: Iterable[Mapping[str, np.ndarray]]) -> dict[str, float]:
-        """Means over all batches at float32 `params`."""
+    def __call__(self, params: Params, batches: Iterable[Mapping[str, Any]]) -> dict[str, float]:
+        """Means over all batches (of one process's arrays, or on the devices) at float32 `params`."""
         with jax.set_mesh(self._mesh):  # kernels ask which chips they are traced for, and how many
-            pending = [self._loss(params, put(batch, self._sharding)) for batch in batches]
+            pending = [self._loss(params, batch) for batch in batches]
         sums: Sums = {}
         for metrics in jax.device_get(pending):
             add_to(sums, metrics)

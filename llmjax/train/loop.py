@@ -2,6 +2,7 @@
 
 After every step the state of the run is (state on the devices, Progress on the host); a checkpoint holds both. All
 else (batches, keys, learning rates) is a function of the step, so a resumed run continues as if it had never stopped.
+Several processes run it as one: each with its own rows of every batch, the first one alone with the run's directory.
 """
 
 import contextlib
@@ -15,15 +16,15 @@ import jax
 import numpy as np
 
 from llmjax.config import ConfigError, InputError
-from llmjax.parallel.mesh import batch_sharding
+from llmjax.parallel import hosts
 from llmjax.train import checkpoint
 from llmjax.train.early_stopping import EarlyStoppingState
 from llmjax.train.errors import RunError, disk_full
 from llmjax.train.evaluate import Evaluator, Sums, add_to, averaged, means
 from llmjax.train.experiment import Experiment
 from llmjax.train.log import MetricsLog
-from llmjax.train.prefetch import Prefetch
-from llmjax.train.process import StopSignals, locked, use_compilation_cache
+from llmjax.train.prefetch import Feed, Prefetch
+from llmjax.train.process import StopSignals, facts, locked, use_compilation_cache
 from llmjax.train.state import plan
 from llmjax.train.step import Compiled, Metrics, Step, apply_of
 from llmjax.train.throughput import Rate, mfu
@@ -72,27 +73,39 @@ def fit(experiment: Experiment, run_dir: str | Path, *, report: Report = ignore)
     """Train, or go on training, in `run_dir`; returns the run's figures.
 
     `report` gets a dictionary for everything that happens, its kind under `event`: compile, resume, start, log, eval,
-    checkpoint, warning, stop; those of log and eval are the lines of metrics.jsonl. On SIGTERM or SIGINT the run is
-    saved at the next step and `fit` returns with `stopped="signal"`.
+    checkpoint, warning, stop; those of log and eval are the lines of metrics.jsonl. On SIGTERM or SIGINT (of any
+    process) the run is saved at the next step and `fit` returns with `stopped="signal"`.
 
     Raises:
-        InputError: the experiment and the data, or the checkpoint found, do not fit together.
-        RunError: the disk is full, or the loss was not finite for `train.stop_after_bad` steps in a row.
+        InputError: the experiment and the data, the checkpoint found, or the processes do not fit together.
+        RunError: the disk is full, the loss was not finite for `train.stop_after_bad` steps in a row, or another
+            process was lost.
     """
     folder = Path(run_dir)
     use_compilation_cache()
     try:
-        folder.mkdir(parents=True, exist_ok=True)
         with contextlib.ExitStack() as stack:
-            stack.enter_context(locked(folder))
+            hosts.on_first(lambda: take(folder, stack))
+            hosts.require_same(facts(experiment))
             stack.enter_context(experiment.mesh.in_force())
             signals = stack.enter_context(StopSignals())
             trainer = stack.enter_context(contextlib.closing(Trainer(experiment, folder, report)))
             return trainer.run(signals)
-    except OSError as error:
-        if not disk_full(error):
+    except Exception as error:
+        if hosts.lost(error):
+            reason = str(error).partition("\n")[0]
+            raise RunError(
+                f"another host is lost ({reason}): run all hosts again, they go on from the last checkpoint"
+            ) from error
+        if not isinstance(error, OSError) or not disk_full(error):
             raise
         raise RunError(f"the disk is full: cannot write to {folder} ({error}); free space, then run again") from error
+
+
+def take(folder: Path, stack: contextlib.ExitStack) -> None:
+    """Make the run's directory and hold it until `stack` is left."""
+    folder.mkdir(parents=True, exist_ok=True)
+    stack.enter_context(locked(folder))
 
 
 class Trainer:
@@ -106,7 +119,9 @@ class Trainer:
         self.checkpoints = checkpoint.Writer(run_dir, self.train.keep_last, self.train.keep_best)
         self.mesh = experiment.mesh.build()
         self.pipeline = experiment.data.build(experiment.seed)
-        first = self.pipeline.batch(0)
+        rows = experiment.data.batch_size
+        first = experiment.data.empty(rows)
+        self.feed = Feed(self.pipeline, rows, self.mesh)
         self.check(first)
         self.plan = plan(experiment.model, experiment.optimizer, self.train, self.mesh)
         apply = apply_of(experiment.model.build())
@@ -122,6 +137,7 @@ class Trainer:
         self.flops_per_token = experiment.model.flops_per_token(first["tokens"].shape[1])
         self.progress, self.state, self.saved = self.restore()
         self.pending: list[Metrics] = []
+        self.votes = hosts.Votes()
         self.rate = Rate()
         self.total = Rate()
 
@@ -148,23 +164,36 @@ class Trainer:
 
     def restore(self) -> tuple[Progress, Any, int]:
         """Progress, state and step of the newest intact checkpoint, or the beginning (its step is then -1)."""
-        found = checkpoint.newest(self.run_dir, self.warn)
         fingerprint = self.pipeline.fingerprint
-        if found is None:
-            self.checkpoints.set_aside(-1)
-            self.log.open(0)
-            return Progress(fingerprint=fingerprint), self.plan.init(self.seed), -1
-        progress = Progress.load(found.progress)
-        if progress.fingerprint != fingerprint:
-            raise InputError(
-                f"{self.run_dir} was trained on other data (fingerprint {progress.fingerprint}, now {fingerprint}): "
-                "bring the data back, or give another run directory"
-            )
-        state = found.state(self.plan.abstract)
-        self.checkpoints.set_aside(found.step)
-        self.log.open(found.step)
-        self.report({"event": "resume", "step": found.step})
-        return progress, state, found.step
+        step = hosts.on_first(self.newest)
+        progress = Progress(fingerprint=fingerprint)
+        if step < 0:
+            state = self.plan.init(self.seed)
+        else:
+            found = checkpoint.read(checkpoint.place(self.run_dir, step))
+            progress = Progress.load(found.progress)
+            if progress.fingerprint != fingerprint:
+                raise InputError(
+                    f"{self.run_dir} was trained on other data (fingerprint {progress.fingerprint}, now "
+                    f"{fingerprint}): bring the data back, or give another run directory"
+                )
+            state = found.state(self.plan.abstract)
+            self.report({"event": "resume", "step": step})
+        if hosts.first():
+            self.checkpoints.set_aside(step)
+            self.log.open(max(step, 0))
+        return progress, state, step
+
+    def newest(self) -> int:
+        """Step of the newest intact checkpoint; -1 where there is none."""
+        found = checkpoint.newest(self.run_dir, self.warn)
+        return -1 if found is None else found.step
+
+    def publish(self, event: str, line: dict[str, Any]) -> None:
+        """Log a line, once for all processes, and report it."""
+        if hosts.first():
+            self.log.write(line)
+        self.report({"event": event, **line})
 
     def warn(self, message: str) -> None:
         """Report a warning."""
@@ -176,7 +205,7 @@ class Trainer:
         self.report({"event": "start", "step": progress.step, "steps": self.train.steps})
         reason = self.stop_reason(signals)
         if reason is None:
-            with Prefetch(self.pipeline.batch, batch_sharding(self.mesh), progress.step, self.train.steps) as batches:
+            with Prefetch(self.feed.batch, progress.step, self.train.steps) as batches:
                 self.rate.start()
                 while reason is None:
                     self.update(batches)
@@ -205,7 +234,7 @@ class Trainer:
             return "done"
         if stopping is not None and stopping.should_stop(self.progress.stopping):
             return "early_stopping"
-        return "signal" if signals.received else None
+        return "signal" if self.votes.cast(signals.received) else None
 
     def update(self, batches: Prefetch) -> None:
         """Start the next step; returns when the step before it is finished, so that one is always queued."""
@@ -257,8 +286,7 @@ class Trainer:
         progress.window = {}
         self.total.add(rate)
         self.rate = Rate()
-        self.log.write(line)
-        self.report({"event": "log", **line})
+        self.publish("log", line)
         self.rate.start()
 
     def evaluate(self) -> bool:
@@ -266,8 +294,7 @@ class Trainer:
         self.absorb()
         progress, start = self.progress, time.perf_counter()
         params = self.state.params if self.average is None else self.average(self.state)
-        batches = self.pipeline.eval_batches(self.train.eval_batches)
-        values = self.evaluator(params, batches)
+        values = self.evaluator(params, self.feed.eval_batches(self.train.eval_batches))
         progress.val, progress.val_step = values, progress.step
         if self.train.early_stopping is not None:
             progress.stopping = self.train.early_stopping.update(progress.stopping, progress.step, values["loss"])
@@ -275,8 +302,7 @@ class Trainer:
         progress.best = min(progress.best, values["loss"]) if improved else progress.best
         line = {"step": progress.step, **{f"val_{name}": value for name, value in values.items()}}
         line["val_seconds"] = time.perf_counter() - start
-        self.log.write(line)
-        self.report({"event": "eval", **line})
+        self.publish("eval", line)
         self.rate.start()
         return improved
 

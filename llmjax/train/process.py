@@ -2,7 +2,10 @@
 
 import contextlib
 import fcntl
+import hashlib
+import importlib.metadata
 import os
+import platform
 import signal
 import threading
 from collections.abc import Iterator
@@ -12,8 +15,13 @@ from typing import Any, Self
 
 import jax
 
-from llmjax.config import InputError
+import llmjax
+import pallas_kernels
+from llmjax.config import InputError, leaves
 from llmjax.data.reading import cache_folder
+
+PACKAGES = ("llmjax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
+"""Distributions whose versions are saved with a run, and must be the same in all its processes."""
 
 
 def use_compilation_cache() -> None:
@@ -28,6 +36,8 @@ def use_compilation_cache() -> None:
 def locked(folder: Path) -> Iterator[None]:
     """Hold the run directory for this process; the lock goes with the process, however that ends.
 
+    Of several hosts' processes the first one holds it for all.
+
     Raises InputError where another process holds it.
     """
     with (folder / ".lock").open("w") as lock:
@@ -36,6 +46,29 @@ def locked(folder: Path) -> Iterator[None]:
         except BlockingIOError:
             raise InputError(f"{folder} is in use by another process: wait for it, or name another directory") from None
         yield
+
+
+def versions() -> dict[str, str | None]:
+    """The installed version of each of `PACKAGES`; None where it is not installed."""
+
+    def version(name: str) -> str | None:
+        try:
+            return importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            return None
+
+    return {name: version(name) for name in PACKAGES}
+
+
+def facts(experiment: Any) -> dict[str, str]:
+    """What must be the same in all processes of a run: every field, the versions, and llmjax's own text."""
+    digest = hashlib.sha256()
+    for root in (Path(package.__path__[0]) for package in (llmjax, pallas_kernels)):
+        for path in sorted(root.rglob("*.py")):
+            digest.update(path.relative_to(root.parent).as_posix().encode() + path.read_bytes())
+    found = {path: repr(value) for path, value in leaves(experiment).items()}
+    found |= {f"the version of {name}": str(version) for name, version in versions().items()}
+    return found | {"the version of Python": platform.python_version(), "the source of llmjax": digest.hexdigest()}
 
 
 class StopSignals:

@@ -9,7 +9,6 @@ import signal
 import threading
 
 import chex
-import jax
 import numpy as np
 import pytest
 
@@ -252,18 +251,16 @@ def test_eight_devices_train_like_one(tmp_path):
 
 
 def test_prefetching_keeps_the_order_and_passes_errors_on():
-    sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-
     def batch(step):
         if step == 5:
             raise InputError("line 5 is bad")
         return {"tokens": np.full((2, 3), step)}
 
-    with Prefetch(batch, sharding, 2, 9) as batches:
+    with Prefetch(batch, 2, 9) as batches:
         assert [int(batches.take()["tokens"][0, 0]) for _ in range(3)] == [2, 3, 4]
         with pytest.raises(InputError, match="line 5 is bad"):
             batches.take()
     threads = threading.active_count()
-    with Prefetch(lambda step: batch(0), sharding, 0, 10**9):
+    with Prefetch(lambda step: batch(0), 0, 10**9):
         pass
     assert threading.active_count() == threads

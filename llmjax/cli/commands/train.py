@@ -5,6 +5,8 @@ from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
+import jax
+
 from llmjax.cli.commands.generate import sample
 from llmjax.cli.commands.show import arithmetic_rows, fields
 from llmjax.cli.progress import Progress
@@ -14,6 +16,7 @@ from llmjax.config import ConfigError, InputError
 from llmjax.data import Data
 from llmjax.eval.compressors import Rate, compare
 from llmjax.experiment import Experiment, compatible, load, load_experiment, load_record, save
+from llmjax.parallel import hosts
 from llmjax.plan import arithmetic
 from llmjax.report import history, page, plots
 from llmjax.train import checkpoint
@@ -25,26 +28,44 @@ CONFIG = "config.json"
 
 def run(arguments: Namespace) -> dict[str, Any]:
     """Train, then draw, sample, compare and report; returns the run's figures."""
+    join(arguments)
     experiment = load_experiment(arguments.experiment, arguments.overrides)
     sums = arithmetic(experiment)
-    run_dir, fresh = claim(experiment, arguments)
+    named, fresh = hosts.on_first(lambda: claim(experiment, arguments))
+    run_dir = Path(named)
     try:
-        print(f"run directory {run_dir}\n{table(arithmetic_rows(sums))}", flush=True)
-        with Progress() as progress:
-            result = fit(experiment, run_dir, report=progress)
+        if hosts.first():
+            print(f"run directory {run_dir}\n{table(arithmetic_rows(sums))}", flush=True)
+            with Progress() as progress:
+                result = fit(experiment, run_dir, report=progress)
+        else:
+            result = fit(experiment, run_dir)
     except InputError:
-        if fresh:
+        if fresh and hosts.first():
             withdraw(run_dir)
         raise
-    if result["stopped"] == "signal":
-        print(
-            f"stopped by a signal; step {result['steps']} is saved: the same command with --run-dir={run_dir} goes on"
-        )
-        return result
-    return result | finish(experiment, run_dir, result)
+    if hosts.first():
+        result |= stopped(run_dir, result) if result["stopped"] == "signal" else finish(experiment, run_dir, result)
+    hosts.wait("the report is written")
+    return result
 
 
-def claim(experiment: Experiment, arguments: Namespace) -> tuple[Path, bool]:
+def join(arguments: Namespace) -> None:
+    """Become one of several processes, where the arguments say so; raises InputError where they do not fit together."""
+    if arguments.hosts is not None:
+        hosts.join(arguments.hosts, arguments.host, arguments.coordinator, arguments.join_seconds)
+        print(f"host {jax.process_index()} of {jax.process_count()}", flush=True)
+    elif (arguments.host, arguments.coordinator) != (None, None):
+        raise InputError("--host and --coordinator go with --hosts: say how many processes there are")
+
+
+def stopped(run_dir: Path, result: dict[str, Any]) -> dict[str, Any]:
+    """Say how to go on; adds nothing to the figures."""
+    print(f"stopped by a signal; step {result['steps']} is saved: the same command with --run-dir={run_dir} goes on")
+    return {}
+
+
+def claim(experiment: Experiment, arguments: Namespace) -> tuple[str, bool]:
     """The run directory with this experiment's config.json in it, and whether it is new.
 
     Raises InputError where the directory holds another run, something else, or cannot be made.
@@ -68,7 +89,7 @@ def claim(experiment: Experiment, arguments: Namespace) -> tuple[Path, bool]:
             save(experiment, run_dir, argv=arguments.argv, spec=spec)
     except (FileExistsError, NotADirectoryError, PermissionError) as error:
         raise InputError(f"--run-dir={run_dir}: {error.strerror}: give a directory that can be written") from None
-    return run_dir, fresh
+    return str(run_dir), fresh
 
 
 def entries(folder: Path) -> list[Path]:
@@ -95,10 +116,13 @@ def withdraw(run_dir: Path) -> None:
 
 
 def finish(experiment: Experiment, run_dir: Path, result: dict[str, Any]) -> dict[str, Any]:
-    """Curves, a sample, the comparison with compressors and the page; returns what they add to the figures."""
-    opened = open_run(run_dir, "best")
+    """Curves, a sample, the comparison with compressors and the page; returns what they add to the figures.
+
+    A model of several hosts draws no sample here: it need not fit into one.
+    """
     prompt = experiment.generate.prompt
-    text = sample(opened, prompt).text if experiment.model.generates() else None
+    drawn = experiment.model.generates() and not hosts.several()
+    text = sample(open_run(run_dir, "best"), prompt).text if drawn else None
     measured = result.get("val_bits_per_byte") is not None
     rates = compare(experiment.data) if measured and isinstance(experiment.data, Data) else None
     logged = history.read(run_dir)
