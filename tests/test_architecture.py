@@ -17,7 +17,7 @@ PACKAGES = ("llmjax", "pallas_kernels")
 # room (a folder or a module of llmjax); every room must be named here.
 LEVELS = (
     ("cli", "serve", "__main__"),
-    ("experiment", "plan"),
+    ("experiment", "plan", "launch"),
     ("eval", "report", "reason", "edit", "interpret", "uncertainty", "safety", "retrieval"),
     ("train", "objectives", "decode"),
     ("adapters", "quant", "models"),

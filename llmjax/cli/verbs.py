@@ -117,6 +117,39 @@ PLAN = Verb(
     ),
     overrides=True,
 )
+LAUNCH = Verb(
+    name="launch",
+    summary="train on a TPU pod, a GKE or Slurm cluster, or in this machine's background",
+    usage="EXPERIMENT --on=PLACE --name=NAME --target=CHIP:SHAPE [--dry-run] [--path.to.field=value ...]",
+    description=(
+        "Check the experiment and its mesh, then write the files and run the commands that start it, and start it\n"
+        "again until it is done. PLACE is tpu-pod (Cloud TPU queued resources; --zone --spot --nfs), gke (a JobSet on\n"
+        "TPU node pools; --image --claim --spot), slurm (GPU nodes; --partition --account --time) or box (this\n"
+        "machine). CHIP:SHAPE is that of `llmjax plan`, for a TPU one slice: mesh.slices of it are ordered.\n"
+        "--dry-run prints everything and runs nothing. Give the command in the root of the checkout."
+    ),
+    example=(
+        "llmjax launch experiments/pods/llama3_8b.py --on=tpu-pod --name=llama3-8b --target=v5p:4x4x4 "
+        "--nfs=10.0.0.2:/share --dry-run"
+    ),
+    arguments=(
+        EXPERIMENT,
+        (("--on",), {"required": True, "metavar": "PLACE", "help": "tpu-pod, gke, slurm or box"}),
+        (("--name",), {"required": True, "metavar": "NAME", "help": "what machines, jobs and files are called"}),
+        (("--target",), {"required": True, "metavar": "CHIP:SHAPE", "help": "such as v5p:4x4x4, h200:4x1x8 or cpu:1"}),
+        (("--run-dir",), {"metavar": "DIR", "help": "run directory there (default: runs/NAME or /shared/NAME)"}),
+        (("--dry-run",), {"action": "store_true", "help": "print files and commands, and run nothing"}),
+        (("--zone",), {"metavar": "ZONE", "help": "tpu-pod: Google Cloud zone (default: gcloud's)"}),
+        (("--spot",), {"action": "store_true", "help": "tpu-pod, gke: spare capacity, taken back at any time"}),
+        (("--nfs",), {"metavar": "SERVER:/EXPORT", "help": "tpu-pod: file system that hosts mount on /shared"}),
+        (("--image",), {"metavar": "IMAGE", "help": "gke: where the image of the commit is pushed to"}),
+        (("--claim",), {"metavar": "NAME", "help": "gke: persistent volume claim that pods mount on /shared"}),
+        (("--partition",), {"metavar": "NAME", "help": "slurm: partition"}),
+        (("--account",), {"metavar": "NAME", "help": "slurm: account"}),
+        (("--time",), {"metavar": "LIMIT", "help": "slurm: limit of one stay on the nodes, as 12:00:00"}),
+    ),
+    overrides=True,
+)
 LIST = Verb(
     name="list",
     summary="list the components that a config can name, and the experiments",
@@ -152,4 +185,4 @@ DIFF = Verb(
         (("b",), {"metavar": "B", "help": "likewise"}),
     ),
 )
-VERBS = {verb.name: verb for verb in (TRAIN, EVAL, GENERATE, SHOW, PLAN, LIST, PLOT, DIFF)}
+VERBS = {verb.name: verb for verb in (TRAIN, EVAL, GENERATE, SHOW, PLAN, LAUNCH, LIST, PLOT, DIFF)}

@@ -20,7 +20,7 @@ from llmjax.config import InputError
 
 HEARTBEAT = 30
 """Seconds without a sign of life after which a process counts as lost."""
-LOST = re.compile(r"Gloo|NCCL|UNAVAILABLE|DEADLINE_EXCEEDED|heartbeat|coordination service|Connection (closed|reset)")
+LOST = re.compile(r"Gloo|NCCL|UNAVAILABLE|DEADLINE_EXCEEDED|heartbeat|coordination service|[Bb]arrier")
 """What errors say that come of a lost process."""
 
 
@@ -36,6 +36,8 @@ def join(hosts: str, host: int | None, coordinator: str | None, seconds: int) ->
     if coordinator is not None and host:
         reach(coordinator, seconds)
     where |= {"initialization_timeout": seconds, "heartbeat_timeout_seconds": HEARTBEAT}
+    # Of two programs under way at once, Gloo mixes up the messages.
+    jax.config.update("jax_cpu_enable_async_dispatch", False)
     try:
         jax.distributed.initialize(**where, shutdown_timeout_seconds=HEARTBEAT)
     except ValueError as error:

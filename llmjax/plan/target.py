@@ -32,7 +32,15 @@ class Target:
 
 
 def parse(text: str) -> Target:
-    """The target `chip:AxBxC`; raises InputError for another form, an unknown chip, or a compiler that is not there."""
+    """The target that `read` makes of the text; raises InputError where the chip's compiler is not there, too."""
+    target = read(text)
+    if target.chip is not None:
+        check_compiler(target.chip)
+    return target
+
+
+def read(text: str) -> Target:
+    """The target `chip:AxBxC`; raises InputError for another form, or an unknown chip."""
     name, colon, sizes = text.partition(":")
     parts = sizes.split("x")
     if not colon or not all(part.isdecimal() and int(part) > 0 for part in parts):
@@ -45,7 +53,6 @@ def parse(text: str) -> Target:
     if name not in CHIPS:
         hint = did_you_mean(name, CHIPS) or f": there are {', '.join(CHIPS)} and cpu"
         raise InputError(f"target={text!r} names no chip that is known{hint}")
-    check_compiler(CHIPS[name])
     return Target(text, CHIPS[name], shape)
 
 
