@@ -142,7 +142,7 @@ def verdicts(results: Results) -> Iterator[str]:
         yield claim("A fixed state does not recall beyond its size", poor < LOW < rich, shown)
     for name in (name for name in recall if name.endswith(", then Attention")):
         alone = recall.get(name.partition(",")[0])
-        if alone is not None:
+        if alone is not None and alone < HIGH:
             shown = f"{recall[name]:.2f}, {alone:.2f} without attention"
             yield claim(f"A hybrid closes the gap: {name}", recall[name] >= max(HIGH, alone), shown)
     if {"ALiBi", "learned"} <= far.keys():

@@ -37,8 +37,8 @@ TRAIN = Verb(
     description=(
         "Train an experiment in a new run directory (config.json, metrics.jsonl, checkpoints/, plots/, report.html).\n"
         "On a directory that holds the run already it goes on from the last checkpoint; only steps, intervals and the\n"
-        "mesh may then differ. SIGTERM and SIGINT save the step and end with exit code 0. With --hosts a run goes over\n"
-        "several machines, which share the run directory: each of them runs this same command."
+        "mesh may then differ. SIGTERM and SIGINT save the step and end with exit code 0. With --hosts a run\n"
+        "goes over several machines, which share the run directory: each of them runs this same command."
     ),
     example="llmjax train experiments/quickstart.py --run-dir=runs/first --train.steps=200",
     arguments=(
@@ -110,6 +110,10 @@ PLAN = Verb(
     arguments=(
         EXPERIMENT,
         (("--target",), {"required": True, "metavar": "CHIP:SHAPE", "help": "chips to plan for, such as v5p:4x4x4"}),
+        (
+            ("--chip-hour",),
+            {"type": float, "default": 0.0, "metavar": "PRICE", "help": "price of an hour of a device, for the bill"},
+        ),
         (
             ("--search",),
             {"action": "store_true", "help": "where it does not fit, try remat, meshes and microbatches in turn"},

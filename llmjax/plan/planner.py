@@ -32,6 +32,7 @@ def make(experiment: Experiment, target: Target) -> dict[str, Any]:
         "num_params": sums["num_params"],
         "tokens_per_step": sums["tokens_per_step"],
         "model_flops_per_step": sums["flops_per_step"],
+        "total_tokens": sums["total_tokens"],
         "compile_seconds": program.seconds,
         "compiler_says": program.refusal.splitlines()[:1],
         "step_seconds": None,

@@ -25,7 +25,7 @@ def test_a_small_step_for_every_chip(target, capsys):
 
     Kernels compute whole blocks of the causal mask, and GPUs multiply by tiles: more than the model needs, never less.
     """
-    mesh = ["--mesh.fsdp=4", "--data.batch_size=4", "--model.unroll=1", "--model.d_model=256"]
+    mesh = ["--mesh.fsdp=4", "--data.batch_size=4", "--model.unroll=1", "--model.d_model=256", "--chip-hour=2.5"]
     found = plan(capsys, TINY, f"--target={target}", *mesh)
     assert found["fits"]
     assert found["devices"] == 4
@@ -37,6 +37,8 @@ def test_a_small_step_for_every_chip(target, capsys):
     assert found["step_seconds"] == pytest.approx(
         sum(found["terms"][name] for name in ("matmul", "kernels", "hbm", "exposed"))
     )
+    steps = found["total_tokens"] / found["tokens_per_step"]
+    assert found["run"]["price"] == pytest.approx(2.5 * 4 * steps * found["step_seconds"] / 3600)
 
 
 def test_out_of_memory_is_an_answer(capsys):

@@ -4,7 +4,8 @@ from argparse import Namespace
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from llmjax.cli.text import megabytes, short, table
+from llmjax.cli.text import duration, megabytes, short, table
+from llmjax.plan.cost import cost
 from llmjax.plan.process import plan_of
 from llmjax.plan.search import first_that_fits
 
@@ -18,8 +19,17 @@ def run(arguments: Namespace) -> dict[str, Any]:
         found = first_that_fits(arguments.experiment, arguments.target, arguments.overrides, print)
     else:
         found = plan_of(arguments.experiment, arguments.target, arguments.overrides)
+    found["run"] = whole_run(found, arguments.chip_hour)
     print("\n\n".join(report(found)))
     return found
+
+
+def whole_run(plan: Mapping[str, Any], hour: float) -> dict[str, float] | None:
+    """The bill of all steps, at the price `hour` of a device's hour; None where the time of a step is not known."""
+    if not plan["step_seconds"]:
+        return None
+    rate = plan["tokens_per_step"] / plan["step_seconds"]
+    return cost(plan["num_params"], plan["total_tokens"], rate, plan["devices"], hour)._asdict()
 
 
 def report(plan: Mapping[str, Any]) -> Iterator[str]:
@@ -78,6 +88,10 @@ def time_table(plan: Mapping[str, Any]) -> str:
     rows.append(("tokens a second and device", f"{plan['tokens_per_second_per_chip']:,.0f}"))
     rows.append(("model FLOPs utilisation", f"{plan['mfu']:.1%}"))
     rows.append(("  with every pair of causal attention", f"{plan['mfu_all_pairs']:.1%}"))
+    bill = plan["run"]
+    rows.append(("the whole run", f"{duration(86400 * bill['days'])}, {bill['chip_hours']:,.2f} device hours"))
+    if bill["price"]:
+        rows.append(("  price", f"{bill['price']:,.2f}"))
     return table([("estimated time", ""), *rows], right=(1,))
 
 
