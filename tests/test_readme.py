@@ -1,9 +1,12 @@
 """The README's first experiment is what it says: it loads, it is valid, and it is at most 15 lines."""
 
 import re
+import runpy
+import shlex
 from pathlib import Path
 
-from llmjax.config import leaves
+import pytest
+
 from llmjax.experiment import load_experiment
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -23,9 +26,20 @@ def test_the_first_experiment_loads(tmp_path):
     assert len([line for line in snippet().splitlines() if line.strip()]) <= 15
 
 
-def test_every_path_the_readme_overrides_exists():
-    experiment = load_experiment(str(ROOT / "experiments" / "tiny.py"))
-    paths = re.findall(r"llmjax \w+ \S+ --((?:model|train|data|optimizer)\.[\w.]+)=", (ROOT / "README.md").read_text())
-    assert paths
-    for path in paths:
-        assert path in leaves(experiment) or any(leaf.startswith(path + ".") for leaf in leaves(experiment))
+def test_every_override_of_the_readme_is_taken():
+    """Path, type and value of each, on the experiment of the first lines."""
+    lines = re.findall(r"^llmjax (?:train|show|eval|plan) \S+ .*", (ROOT / "README.md").read_text(), re.MULTILINE)
+    words = {word for line in lines for word in shlex.split(line, comments=True)}
+    overrides = sorted(word for word in words if re.match(r"--(model|train|data|optimizer|mesh)\.", word))
+    assert overrides
+    for override in overrides:
+        load_experiment(str(ROOT / "experiments" / "tiny.py"), [override])
+
+
+@pytest.mark.parametrize("name", ["parallelism.md"])
+def test_examples_of_the_docs_run(name, tmp_path):
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / name).read_text(), re.DOTALL)
+    assert blocks
+    for block in blocks:
+        (tmp_path / "example.py").write_text(block)
+        runpy.run_path(str(tmp_path / "example.py"))
