@@ -7,7 +7,8 @@ Steele 1986); token t of the chunk then owes its local state (a_1 ... a_t) times
 """
 
 import functools
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -17,14 +18,40 @@ from pallas_kernels.linear_recurrence import linear_recurrence
 from pallas_kernels.linear_recurrence.api import check
 from pallas_kernels.segments import check_ids
 
+Ids = Int[Array, "2 batch"]
+"""Segments of a chunk's first and last present token, -1 where it has none."""
+
 
 class Summary(NamedTuple):
     """What a chunk of tokens does to the state."""
 
     factor: Inexact[Array, "batch *#channels"]
     term: Inexact[Array, "batch *channels"]
-    ids: Int[Array, "2 batch"]
-    """segments of its first and last present token, -1 where it has none"""
+    ids: Ids
+
+    def empty(self) -> "Summary":
+        """A chunk without tokens."""
+        return Summary(jnp.ones_like(self.factor), jnp.zeros_like(self.term), jnp.full_like(self.ids, -1))
+
+    def after(self, before: "Summary") -> "Summary":
+        """The two chunks as one."""
+        connected = joined(before.ids, self.ids)
+        factor = jnp.where(expand(connected, self.factor), self.factor * before.factor, 0)
+        term = self.term + jnp.where(expand(connected, self.term), self.factor * before.term, 0)
+        return Summary(factor, term, outer(before.ids, self.ids))
+
+
+class Chunk(Protocol):
+    """What is known of a chunk of tokens, such that two that follow each other make one."""
+
+    def empty(self) -> Any:
+        """A chunk without tokens."""
+
+    def after(self, before: Any) -> Any:
+        """The two chunks as one."""
+
+
+AnyChunk = TypeVar("AnyChunk", bound=Chunk)
 
 
 def context_scan(
@@ -36,6 +63,7 @@ def context_scan(
     initial_state: Inexact[Array, "batch *channels"] | None = None,
     segment_ids: Int[Array, "batch local_length"] | None = None,
     reverse: bool = False,
+    implementation: str | Sequence[str] | None = None,
     chunk: int | None = None,
 ) -> tuple[Inexact[Array, "batch local_length *channels"], Inexact[Array, "batch *channels"]]:
     """`linear_recurrence` of a sequence whose tokens are split over the mesh axis `axis_name`, in `jax.shard_map`.
@@ -54,7 +82,9 @@ def context_scan(
     a = jnp.broadcast_to(a, (*b.shape[:2], *a.shape[2:])).astype(wide)
     decay, inputs = (x.reshape(-1, x.shape[1] // parts, *x.shape[2:]) for x in (a, b.astype(wide)))
     ids = None if segment_ids is None else segment_ids.reshape(inputs.shape[:2])
-    scan = functools.partial(linear_recurrence, segment_ids=ids, reverse=reverse, chunk=chunk)
+    scan = functools.partial(
+        linear_recurrence, segment_ids=ids, reverse=reverse, implementation=implementation, chunk=chunk
+    )
     local, term = scan(decay, inputs)
     kept, factor = scan(decay, jnp.zeros_like(decay), initial_state=jnp.ones_like(decay[:, 0]))
     ends = jnp.zeros((2, len(inputs)), jnp.int32) if ids is None else ends_of(ids, reverse)
@@ -108,56 +138,46 @@ def states_before(
     for part, descending in [(part, not down) for part, down in order[::-1]] if reverse else order:
         mine = Summary(summary.factor[:, part], summary.term[:, part], summary.ids[..., part])
         before, whole = prefix(mine, axis_name, descending)
-        before = before if done is None else compose(done, before)
-        found[part] = jnp.where(expand(joined(before, mine), state), before.factor * state + before.term, 0)
-        done = whole if done is None else compose(done, whole)
+        before = before if done is None else before.after(done)
+        found[part] = jnp.where(expand(joined(before.ids, mine.ids), state), before.factor * state + before.term, 0)
+        done = whole if done is None else whole.after(done)
     assert done is not None
     return jnp.stack([found[part] for part in range(parts)], axis=1), done.factor * state + done.term
 
 
-def prefix(x: Summary, axis_name: str, descending: bool) -> tuple[Summary, Summary]:
-    """What all devices before this one do to the state, one after the other, and what all devices do."""
+def prefix(x: AnyChunk, axis_name: str, descending: bool = False) -> tuple[AnyChunk, AnyChunk]:
+    """What is known of all devices before this one, taken as one chunk, and of all devices."""
     devices = jax.lax.axis_size(axis_name)
     index = jax.lax.axis_index(axis_name)
     rank = devices - 1 - index if descending else index
 
-    def from_before(x: Summary, distance: int) -> Summary:
+    def from_before(x: AnyChunk, distance: int) -> AnyChunk:
         to = [(r, r + distance) for r in range(devices - distance)]
         steps = [(b, a) for a, b in to] if descending else to
-        return Summary(*(jax.lax.ppermute(leaf, axis_name, steps) for leaf in x))
+        return jax.tree.map(lambda leaf: jax.lax.ppermute(leaf, axis_name, steps), x)
 
-    def choose(there: Bool[Array, ""], yes: Summary, no: Summary) -> Summary:
-        return Summary(*(jnp.where(there, a, b) for a, b in zip(yes, no)))
+    def choose(there: Bool[Array, ""], yes: AnyChunk, no: AnyChunk) -> AnyChunk:
+        return jax.tree.map(lambda a, b: jnp.where(there, a, b), yes, no)
 
-    before = choose(rank >= 1, from_before(x, 1), identity(x)) if devices > 1 else identity(x)
+    before = choose(rank >= 1, from_before(x, 1), x.empty()) if devices > 1 else x.empty()
     distance = 1
     while distance < devices - 1:
-        further = compose(from_before(before, distance), before)
+        further = before.after(from_before(before, distance))
         before = choose(rank > distance, further, before)
         distance *= 2
-    last = compose(before, x)
-    return before, Summary(*(jax.lax.psum(jnp.where(rank == devices - 1, leaf, 0), axis_name) for leaf in last))
+    last = choose(rank == devices - 1, x.after(before), jax.tree.map(jnp.zeros_like, x))
+    return before, jax.tree.map(lambda leaf: jax.lax.psum(leaf, axis_name), last)
 
 
-def identity(x: Summary) -> Summary:
-    """A chunk without tokens."""
-    return Summary(jnp.ones_like(x.factor), jnp.zeros_like(x.term), jnp.full_like(x.ids, -1))
-
-
-def joined(before: Summary, after: Summary) -> Bool[Array, " batch"]:
+def joined(before: Ids, after: Ids) -> Bool[Array, " batch"]:
     """Whether the state passes from one chunk to the next: the segments that meet are one, or one chunk has none."""
-    last, first = before.ids[1], after.ids[0]
+    last, first = before[1], after[0]
     return (last == first) | (last < 0) | (first < 0)
 
 
-def compose(before: Summary, after: Summary) -> Summary:
-    """Two chunks as one."""
-    connected = joined(before, after)
-    factor = jnp.where(expand(connected, after.factor), after.factor * before.factor, 0)
-    term = after.term + jnp.where(expand(connected, after.term), after.factor * before.term, 0)
-    first = jnp.where(before.ids[0] < 0, after.ids[0], before.ids[0])
-    last = jnp.where(after.ids[1] < 0, before.ids[1], after.ids[1])
-    return Summary(factor, term, jnp.stack([first, last]))
+def outer(before: Ids, after: Ids) -> Ids:
+    """Those of the two chunks as one."""
+    return jnp.stack([jnp.where(before[0] < 0, after[0], before[0]), jnp.where(after[1] < 0, before[1], after[1])])
 
 
 def expand(x: Bool[Array, " batch"], like: Array) -> Array:

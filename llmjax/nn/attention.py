@@ -82,6 +82,10 @@ class Attention(Mixer):
         """Where it is not causal."""
         return not self.causal
 
+    def any_order(self) -> bool:
+        """Where its mask allows it."""
+        return self.mask.any_order()
+
     def distance_heads(self) -> int | None:
         """All heads, where the scores hold no other positions and no cap comes before the bias."""
         return self.heads if self.rope is None and self.soft_cap is None else None

@@ -55,6 +55,12 @@ class Block:
         """Whether a token's output depends on later tokens."""
         return self.mixer.sees_future() or (self.mlp is not None and self.mlp.sees_future())
 
+    def any_order(self) -> bool:
+        """Whether tokens may stand in any order: dropout would draw other bits for each."""
+        return (
+            self.mixer.any_order() and (self.mlp is None or self.mlp.any_order()) and not (self.dropout or self.cross)
+        )
+
     def matmul_params(self, d_model: int) -> int:
         """Weights that multiply each token, those of cross-attention among them."""
         parts = (self.mixer, self.cross, self.mlp)

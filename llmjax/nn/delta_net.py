@@ -15,9 +15,8 @@ from llmjax.nn.initializers import Init
 from llmjax.nn.linear import Linear, parameter
 from llmjax.nn.mixer import Context, Mixer, State
 from llmjax.nn.norms import Norm, RMSNorm
+from llmjax.nn.scans import causal_convolution, gated_delta_rule
 from llmjax.nn.sites import site
-from pallas_kernels.causal_convolution import causal_convolution
-from pallas_kernels.gated_delta_rule import gated_delta_rule
 
 KERNELS = {"chunked": "xla", "recurrent": "reference"}
 """Which implementation of `gated_delta_rule` computes a form."""

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from llmjax.nn.initializers import Initializer
+from llmjax.parallel.mesh import sequence_axis
 
 
 class Linear(nn.Module):
@@ -31,7 +32,8 @@ class Linear(nn.Module):
         """Project; raises TypeError (from XLA) where the last axes of `x` are not `inputs`."""
         kernel = parameter(self, "kernel", self.initial, self.inputs + self.outputs, self.axes)
         count = len(self.inputs)
-        y = jax.lax.platform_dependent(x, kernel, cpu=partial(flat_product, count), default=partial(product, count))
+        cpu = flat_product if sequence_axis() is None else product
+        y = jax.lax.platform_dependent(x, kernel, cpu=partial(cpu, count), default=partial(product, count))
         if self.bias:
             y = y + parameter(self, "bias", jax.nn.initializers.zeros, self.outputs, self.axes[count:])
         return y
@@ -54,7 +56,7 @@ def flat_product(count: int, x: Float[Array, "..."], kernel: Float[Array, "..."]
     """The same as one product of two matrices.
 
     XLA on CPU copies an operand whose rows are spread over several axes, a seventh of a training step. Elsewhere the
-    axes stay apart: merging a sharded length into a sharded batch would gather it.
+    axes stay apart, and where the length is split: merged into a batch it would be gathered.
     """
     lead, outputs = x.shape[: x.ndim - count], kernel.shape[count:]
     inner = math.prod(kernel.shape[:count])

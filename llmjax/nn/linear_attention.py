@@ -15,8 +15,8 @@ from llmjax.nn.initializers import Init
 from llmjax.nn.linear import Linear
 from llmjax.nn.mixer import Context, Mixer, State
 from llmjax.nn.rope import Rope, rotate
+from llmjax.nn.scans import gated_linear_attention
 from llmjax.nn.sites import site
-from pallas_kernels.gated_linear_attention import gated_linear_attention
 
 Form = Literal["chunked", "recurrent", "quadratic"]
 KERNELS: dict[Form, str] = {"chunked": "xla", "recurrent": "reference", "quadratic": "quadratic"}

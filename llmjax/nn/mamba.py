@@ -14,9 +14,9 @@ from llmjax.nn.discretise import repeated, softplus_step
 from llmjax.nn.initializers import Init
 from llmjax.nn.linear import Linear, parameter
 from llmjax.nn.mixer import Context, Mixer, State
+from llmjax.nn.scans import selective_scan
 from llmjax.nn.short_convolution import ShortConvolution, symmetric_uniform
 from llmjax.nn.sites import site
-from pallas_kernels.selective_scan import selective_scan
 from pallas_kernels.selective_scan.registry import BACKENDS
 
 

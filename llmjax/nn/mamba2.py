@@ -15,9 +15,9 @@ from llmjax.nn.initializers import Init, Initializer
 from llmjax.nn.linear import Linear, parameter
 from llmjax.nn.mixer import Context, Mixer, State
 from llmjax.nn.norms import rms_norm
+from llmjax.nn.scans import ssd
 from llmjax.nn.short_convolution import ShortConvolution
 from llmjax.nn.sites import site
-from pallas_kernels.gated_linear_attention import ssd
 from pallas_kernels.gated_linear_attention.registry import BACKENDS
 
 

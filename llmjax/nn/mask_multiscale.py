@@ -56,6 +56,10 @@ class MultiScale(AttentionMask):
             parts.append(before(bare, self.block).run(window=(2 * self.block - 1, 0), residual=True))
         return merge(scores, [*parts, *(far(bare, *level) for level in self.levels(scores.key.shape[1]))])
 
+    def takes_distance(self) -> bool:
+        """No: a mean of keys has no one place."""
+        return False
+
     def causal_only(self) -> bool:
         """Yes."""
         return True

@@ -31,9 +31,17 @@ class AttentionMask:
         """Keys that a query sees, averaged over a document of `length` tokens (what FLOPs are counted from)."""
         raise NotImplementedError
 
+    def any_order(self) -> bool:
+        """Whether tokens may stand in any order, so long as their positions are right."""
+        return False
+
     def causal_only(self) -> bool:
         """Whether it is made of past tokens, and means nothing where later ones are seen."""
         return False
+
+    def takes_distance(self) -> bool:
+        """Whether a `DistanceBias` knows how far all that is scored under it lies."""
+        return True
 
 
 @dataclass(frozen=True)
@@ -53,6 +61,10 @@ class Full(AttentionMask):
     def keys_seen(self, length: int, causal: bool) -> float:
         """length, or its half."""
         return (length + 1) / 2 if causal else length
+
+    def any_order(self) -> bool:
+        """Always."""
+        return True
 
 
 @dataclass(frozen=True)
@@ -83,6 +95,10 @@ class Window(AttentionMask):
         reach = min(self.size, length)
         past = reach * length - reach * (reach - 1) / 2
         return (past if causal else 2 * past - length) / length
+
+    def any_order(self) -> bool:
+        """Always: it goes by positions."""
+        return True
 
 
 @dataclass(frozen=True)

@@ -14,8 +14,8 @@ from jaxtyping import Array, Float
 from llmjax.nn.initializers import Init
 from llmjax.nn.linear import Linear
 from llmjax.nn.mixer import Context, Mixer, State
+from llmjax.nn.scans import linear_recurrence
 from llmjax.nn.sites import site
-from pallas_kernels.linear_recurrence import linear_recurrence
 from pallas_kernels.linear_recurrence.registry import BACKENDS
 
 

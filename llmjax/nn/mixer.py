@@ -12,6 +12,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from llmjax.nn.distance import DistanceBias
 from llmjax.nn.initializers import Init
+from pallas_kernels.ring_attention.layout import Layout
 
 State = Any
 """Decode state of one mixer: a pytree of arrays whose first axis is the batch."""
@@ -50,7 +51,7 @@ class Context:
 
     `positions` count from 0 in each document; padding has -1. `segment_ids` are the documents of packed batches, -1 for
     padding; None where the batch holds neither. `prefix` marks tokens that all of their document may see (prefix LM,
-    Dong et al. 2019, 1905.03197).
+    Dong et al. 2019, 1905.03197). `layout` tells in which order the tokens stand, where devices share a sequence.
     """
 
     positions: Int[Array, "batch length"]
@@ -60,6 +61,7 @@ class Context:
     distance: Distance | None = None
     memory: Memory | None = None
     deterministic: bool = flax.struct.field(pytree_node=False, default=True)
+    layout: Layout = flax.struct.field(pytree_node=False, default="contiguous")
 
 
 @dataclass(frozen=True)
@@ -81,6 +83,10 @@ class Mixer:
 
     def sees_future(self) -> bool:
         """Whether a token's output depends on later tokens: such a mixer is for encoders."""
+        return False
+
+    def any_order(self) -> bool:
+        """Whether tokens are known by their positions alone, so that they may stand in any order."""
         return False
 
     def distance_heads(self) -> int | None:

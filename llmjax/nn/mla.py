@@ -79,6 +79,10 @@ class MLA(Mixer):
         """Where it is not causal."""
         return not self.causal
 
+    def any_order(self) -> bool:
+        """Where its mask allows it."""
+        return self.mask.any_order()
+
     def absorbs(self, queries: int, keys: int) -> bool:
         """Whether so many queries over so many keys are made in the absorbed form."""
         if self.form != "auto":

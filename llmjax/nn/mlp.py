@@ -46,6 +46,10 @@ class FeedForward:
         """Whether a token's output depends on later tokens: such a layer is for encoders."""
         return False
 
+    def any_order(self) -> bool:
+        """Whether tokens may stand in any order: each is taken for itself."""
+        return True
+
     def matmul_params(self, d_model: int) -> int:
         """Weights that multiply each token (what FLOPs are counted from)."""
         raise NotImplementedError

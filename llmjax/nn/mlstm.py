@@ -15,8 +15,8 @@ from llmjax.nn.linear import Linear, parameter
 from llmjax.nn.linear_attention import KERNELS, Form, linear_flops
 from llmjax.nn.mixer import Context, Mixer, State
 from llmjax.nn.norms import layer_norm
+from llmjax.nn.scans import gated_linear_attention
 from llmjax.nn.sites import site
-from pallas_kernels.gated_linear_attention import gated_linear_attention
 from pallas_kernels.segments import marks
 
 FORGET = -1e30

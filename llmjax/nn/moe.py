@@ -81,6 +81,10 @@ class MoE(FeedForward):
         """Experts that choose among the tokens of a sequence see all of it."""
         return isinstance(self.router, ExpertChoice)
 
+    def any_order(self) -> bool:
+        """Where no token has to come early to find room."""
+        return self.capacity is None and not self.sees_future()
+
     def matmul_params(self, d_model: int) -> int:
         """Weights of the router, of the shared experts and of as many others as a token meets on average."""
         met = self.router.active(self.experts) + self.shared

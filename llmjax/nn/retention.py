@@ -16,8 +16,8 @@ from llmjax.nn.linear_attention import KERNELS, Form, linear_flops
 from llmjax.nn.mixer import Context, Mixer, State
 from llmjax.nn.norms import LayerNorm, Norm
 from llmjax.nn.rope import Rope, rotate
+from llmjax.nn.scans import gated_linear_attention
 from llmjax.nn.sites import site
-from pallas_kernels.gated_linear_attention import gated_linear_attention
 
 
 @dataclass(frozen=True)

@@ -12,9 +12,9 @@ from jaxtyping import Array, Bool, Float
 from llmjax.nn.initializers import Init, Initializer
 from llmjax.nn.linear import Linear, parameter
 from llmjax.nn.mixer import Context, Mixer, State
+from llmjax.nn.scans import linear_recurrence
 from llmjax.nn.short_convolution import ShortConvolution
 from llmjax.nn.sites import site
-from pallas_kernels.linear_recurrence import linear_recurrence
 from pallas_kernels.linear_recurrence.registry import BACKENDS
 
 SMALLEST = 1e-12

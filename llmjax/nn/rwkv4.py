@@ -14,8 +14,8 @@ from jaxtyping import Array, Float, Int
 from llmjax.nn.initializers import Init, Initializer
 from llmjax.nn.linear import Linear, parameter
 from llmjax.nn.mixer import Context, Mixer, State
+from llmjax.nn.scans import causal_convolution
 from llmjax.nn.sites import site
-from pallas_kernels.causal_convolution import causal_convolution
 from pallas_kernels.segments import marks
 
 Form = Literal["recurrent", "parallel"]

@@ -17,7 +17,9 @@ from llmjax.nn.linear import Linear, parameter
 from llmjax.nn.mixer import Context, Mixer, State
 from llmjax.nn.rwkv4 import lerp, token_shift
 from llmjax.nn.rwkv6 import falling, group_norm, initial_decay
+from llmjax.nn.scans import HEADS, STATE, TOKENS, on_parts
 from llmjax.nn.sites import site
+from pallas_kernels.context_kernels import turned
 from pallas_kernels.segments import marks
 
 Activation = Callable[[Float[Array, "..."]], Float[Array, "..."]]
@@ -121,7 +123,9 @@ class RWKV7Module(nn.Module):
         rate = site(self, "rate", jax.nn.sigmoid(rate))
         remove = site(self, "remove", unit(k * vector("remove", constant(0.85))))
         k = site(self, "k", k * (1 + (rate - 1) * vector("replace", constant(1))))
-        z, final = wkv7(r, decay, k, v, remove, rate, context.segment_ids, last["state"])
+        arrays = [(array, (*HEADS, None)) for array in (r, decay, k, v, remove, rate)]
+        named = {"segment_ids": (context.segment_ids, TOKENS)}
+        z, final = on_parts((wkv7, over_devices), arrays, named, STATE, last["state"], {})
         z = group_norm(self, z) + jnp.sum(r * k * vector("bonus", constant(0)), axis=-1, keepdims=True) * v
         z = site(self, "z", z * self.low_rank("gate", mixed("gate"), c.gate_rank, jax.nn.sigmoid))
         inputs, residual = (c.heads, size), init.residual(c.heads * size, self.layers)
@@ -175,3 +179,22 @@ def wkv7(
     state, out = jax.lax.scan(jax.checkpoint(partial(jax.lax.scan, step), prevent_cse=False), initial_state, chunks)
     out = jnp.moveaxis(out, 2, 0).reshape(batch, -1, *value.shape[2:])[:, :length]
     return out.astype(value.dtype), state
+
+
+def over_devices(
+    receptance: Float[Array, "batch local_length heads head_dim"],
+    log_decay: Float[Array, "batch local_length heads head_dim"],
+    key: Float[Array, "batch local_length heads head_dim"],
+    value: Float[Array, "batch local_length heads value_dim"],
+    remove: Float[Array, "batch local_length heads head_dim"],
+    rate: Float[Array, "batch local_length heads head_dim"],
+    *,
+    axis_name: str,
+    segment_ids: Int[Array, "batch local_length"] | None = None,
+) -> tuple[Float[Array, "batch local_length heads value_dim"], Float[Array, "batch heads head_dim value_dim"]]:
+    """`wkv7` of a sequence that is split over devices, inside `jax.shard_map`."""
+
+    def run(value: Array, state: Array | None) -> tuple[Array, Array]:
+        return wkv7(receptance, log_decay, key, value, remove, rate, segment_ids, state)
+
+    return turned(run, value, key.shape[-1], axis_name, segment_ids)

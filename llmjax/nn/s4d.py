@@ -17,8 +17,8 @@ from llmjax.nn.initializers import Init
 from llmjax.nn.linear import Linear, parameter
 from llmjax.nn.long_convolution import long_convolution
 from llmjax.nn.mixer import Context, Mixer, State
+from llmjax.nn.scans import linear_recurrence
 from llmjax.nn.sites import site
-from pallas_kernels.linear_recurrence import linear_recurrence
 from pallas_kernels.linear_recurrence.registry import BACKENDS
 
 

@@ -15,8 +15,8 @@ from llmjax.nn.discretise import Diagonal, Discretisation, as_complex, diagonal,
 from llmjax.nn.initializers import Init
 from llmjax.nn.linear import Linear, parameter
 from llmjax.nn.mixer import Context, Mixer, State
+from llmjax.nn.scans import linear_recurrence
 from llmjax.nn.sites import site
-from pallas_kernels.linear_recurrence import linear_recurrence
 from pallas_kernels.linear_recurrence.registry import BACKENDS
 
 

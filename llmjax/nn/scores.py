@@ -8,8 +8,11 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from llmjax.nn.mixer import Context, Distance
-from llmjax.parallel.mesh import Names, per_device
+from llmjax.parallel.mesh import Names, per_device, sequence_axis
 from pallas_kernels.attention import attention
+from pallas_kernels.ring_attention import context_attention
+from pallas_kernels.ring_attention import registry as ring
+from pallas_kernels.ring_attention.layout import Layout
 
 
 @flax.struct.dataclass
@@ -26,7 +29,8 @@ class Scores:
     """softmax(cap(q k^T scale) + bias) v over the keys that causality, documents and a mask let through.
 
     `aligned`: queries and keys are the same tokens in the same order, so that differences of indices are those of
-    positions. A sink is one more score per head, without a value.
+    positions; but for a `layout` other than contiguous, in which the tokens of a sequence that devices share stand. A
+    sink is one more score per head, without a value.
     """
 
     query: Float[Array, "batch length heads head_dim"]
@@ -39,6 +43,7 @@ class Scores:
     scale: float = flax.struct.field(pytree_node=False, default=1.0)
     causal: bool = flax.struct.field(pytree_node=False, default=True)
     aligned: bool = flax.struct.field(pytree_node=False, default=True)
+    layout: Layout = flax.struct.field(pytree_node=False, default="contiguous")
     soft_cap: float | None = flax.struct.field(pytree_node=False, default=None)
     implementation: str | None = flax.struct.field(pytree_node=False, default=None)
 
@@ -58,14 +63,18 @@ class Scores:
             past_only = self.causal and self.keys.prefix is None
             fold = self.distance.config.fold
             query, key, bias = fold(self.distance.table, query, key, *ends, self.scale, past_only)
-        arrays = (query, key, self.value, bias, mask, self.sinks, *self._segments(), *self._positions())
         options: dict[str, Any] = dict(scale=self.scale, is_causal=self.causal, local_window_size=window)
         options |= dict(logits_soft_cap=self.soft_cap, implementation=self.implementation)
+        axis = self._axis() if bias is None and mask is None else None
+        positions = self._positions(indices=axis is not None or self.layout == "contiguous")
+        arrays = (query, key, self.value, bias, mask, self.sinks, *self._segments(), *positions)
+        length, whole = "length" if axis else None, query.shape[1]
 
         def kernel(*arrays: Array | None) -> Any:
-            return attend(arrays, residual, **options)
+            over = None if arrays[0] is None or arrays[0].shape[1] == whole else axis
+            return attend(arrays, residual, None if over is None else (over, self.layout), **options)
 
-        heads_of, tokens = ("batch", None, "kv_heads", None), ("batch", None)
+        heads_of, tokens = ("batch", length, "kv_heads", None), ("batch", length)
         names = (*3 * (heads_of,), of_scores(bias), of_scores(mask), ("kv_heads",), *4 * (tokens,))
         return per_device(kernel, names, (heads_of, heads_of[:3]) if residual else heads_of, *arrays)
 
@@ -74,9 +83,14 @@ class Scores:
         keys, prefix = self.keys.positions, self.keys.prefix
         return self.queries.positions, keys if prefix is None else jnp.where(prefix & (keys >= 0), 0, keys)
 
-    def _positions(self) -> tuple[Array | None, Array | None]:
-        """Positions where indices do not say enough."""
-        return (None, None) if self.aligned and self.keys.prefix is None else self.seen_at()
+    def _axis(self) -> str | None:
+        """The mesh axis over which keys travel: of whole sequences that attend to themselves, by a kernel that can."""
+        able = self.implementation is None or self.implementation in ring.BACKENDS
+        return sequence_axis() if able and self.aligned else None
+
+    def _positions(self, indices: bool) -> tuple[Array | None, Array | None]:
+        """Positions, where `indices` are not those of tokens in a row or do not say enough."""
+        return (None, None) if indices and self.aligned and self.keys.prefix is None else self.seen_at()
 
     def _segments(self) -> tuple[Array | None, Array | None]:
         """Documents of queries and keys, given where there are several or where tokens are absent."""
@@ -98,14 +112,16 @@ def of_scores(x: Array | None) -> Names:
     return (*(name if size > 1 else None for name, size in zip(("batch", "kv_heads"), sizes, strict=True)), None, None)
 
 
-def attend(arrays: tuple[Array | None, ...], residual: bool, **options: Any) -> Any:
-    """`attention` with its arrays in the order in which a mesh splits them."""
+def attend(arrays: tuple[Array | None, ...], residual: bool, split: tuple[str, Layout] | None, **options: Any) -> Any:
+    """`attention` with its arrays in the order in which a mesh splits them; `split`: the sequence's axis and layout."""
     query, key, value, bias, mask, sinks, *pairs = arrays
     segments, positions = both(pairs[0], pairs[1]), both(pairs[2], pairs[3])
     assert query is not None
     assert key is not None
     assert value is not None
     options |= dict(segment_ids=segments, positions=positions, sinks=sinks, return_residual=residual)
+    if split is not None:
+        return context_attention(query, key, value, axis_name=split[0], layout=split[1], **options)
     return attention(query, key, value, bias, mask, **options)
 
 
@@ -130,7 +146,9 @@ def scores_of(
             prefix = jnp.zeros(cache.positions.shape, bool)
             prefix = jax.lax.dynamic_update_slice_in_dim(prefix, context.prefix, cache.slot, axis=1)
         queries, keys = Tokens(context.positions), Tokens(cache.positions, None, prefix)
-    return Scores(query, key, value, queries, keys, context.distance, aligned=cache is None, **options)
+    return Scores(
+        query, key, value, queries, keys, context.distance, aligned=cache is None, layout=context.layout, **options
+    )
 
 
 def dense(scores: Scores) -> Bool[Array, "batch length source"]:

@@ -11,7 +11,7 @@ from jaxtyping import Array, Float
 from llmjax.nn.initializers import Initializer
 from llmjax.nn.linear import parameter
 from llmjax.nn.mixer import Context
-from pallas_kernels.causal_convolution import causal_convolution
+from llmjax.nn.scans import causal_convolution
 
 
 class ShortConvolution(nn.Module):

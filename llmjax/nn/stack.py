@@ -20,6 +20,7 @@ from llmjax.nn.norms import Norm, RMSNorm
 from llmjax.nn.positions import Positions
 from llmjax.nn.reversible import ReversibleModule, branches_of, reversible
 from llmjax.nn.sites import CAPTURED, INTERVENTIONS, site
+from llmjax.parallel.layout import from_zigzag, halves, to_zigzag
 from llmjax.parallel.mesh import constrained
 from llmjax.parallel.pipeline import pipelined, stages
 
@@ -97,6 +98,15 @@ class Stack:
             total += block.cross.mixing_flops(self.d_model, length) if block.cross is not None else 0
         return self.repeats * total
 
+    def uneven(self, length: int) -> bool:
+        """Whether late tokens have more to do than early ones, in layers that let tokens stand in any order."""
+
+        def grows(block: Block) -> bool:
+            some, more = (block.mixer.mixing_flops(self.d_model, n) for n in (length, 2 * length))
+            return not block.sees_future() and more > 1.5 * some
+
+        return all(block.any_order() for block in self.pattern) and any(map(grows, self.pattern))
+
     def cache_bytes_per_token(self, dtype: DTypeLike) -> int:
         """Bytes of decode state that one more token of context costs, over all layers, beyond a long context."""
         far = 2**20
@@ -126,10 +136,26 @@ class StackModule(nn.Module):
         if c.embedding_norm is not None:
             x = c.embedding_norm.build("embedding_norm")(x)
         x = site(self, "embedded", nn.Dropout(c.dropout, deterministic=context.deterministic)(x))
-        x, state = self.through_blocks(x, context, state)
+        if self.balances(x.shape[1], state):
+            x = self.balanced(x, context)
+        else:
+            x, state = self.through_blocks(x, context, state)
         if c.norm is not None:
             x = c.norm.build("norm")(x)
         return site(self, "final", x), state
+
+    def balances(self, length: int, state: dict[str, Any] | None) -> bool:
+        """Whether tokens are arranged for their blocks: not where states are kept, or activations read or edited."""
+        return state is None and stages() == 1 and not self.watched() and halves(length) and self.config.uneven(length)
+
+    def balanced(
+        self, x: Float[Array, "batch length d_model"], context: Context
+    ) -> Float[Array, "batch length d_model"]:
+        """All blocks over tokens that are arranged so that every device has as much to do."""
+        places = (context.positions, context.segment_ids, context.prefix)
+        x, (positions, segment_ids, prefix) = to_zigzag((x, places))
+        there = replace(context, positions=positions, segment_ids=segment_ids, prefix=prefix, layout="zigzag")
+        return from_zigzag(self.through_blocks(x, there, None)[0])
 
     def through_blocks(
         self, x: Float[Array, "batch length d_model"], context: Context, state: dict[str, Any] | None
@@ -291,6 +317,9 @@ def distance_problems(pattern: tuple[Block, ...]) -> Iterator[tuple[str, str]]:
         if rotary or count not in (None, *list(filter(None, heads))[:1]):
             why = "rotates too" if rotary else f"has {count} heads, another mixer of the pattern has other ones"
             yield f"pattern.{i}.mixer", f"{why}: one table of distance biases serves all layers"
+        mask = getattr(pattern[i].mixer, "mask", None)
+        if mask is not None and not mask.takes_distance():
+            yield f"pattern.{i}.mixer.mask", "scores means of keys, which have no one place: set model.distance=None"
 
 
 def wiring_problems(pattern: tuple[Block, ...], remat: str) -> Iterator[tuple[str, str]]:

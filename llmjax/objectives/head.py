@@ -1,6 +1,7 @@
 """The loss of a model's head at given targets, whatever the head is: what the objectives of language models share."""
 
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +10,7 @@ from jaxtyping import Array, Bool, Float, Int
 from llmjax.nn.metric import Metric
 from llmjax.nn.model import Features
 from llmjax.nn.softmax_mixture import log_mixture
+from llmjax.parallel.mesh import summed_over_tokens
 from pallas_kernels.cross_entropy import TokenLosses, linear_cross_entropy
 
 
@@ -22,11 +24,17 @@ def head_loss(
     """sum_i weights_i (nll_i + z_loss lse_i^2) / sum_i weights_i, and the losses that layers hand out.
 
     Metrics: loss; nll (nats a token); accuracy; z_loss; and what the model's layers hand out, whose losses count here
-    once for each token. Logits of at most `chunk` tokens exist at a time (None: of all). Raises ValueError for a
-    z-loss of a mixture of softmaxes.
+    once for each token. On a device, logits of at most `chunk` tokens exist at a time (None: of all). Raises ValueError
+    for a z-loss of a mixture of softmaxes.
     """
-    weights = weights.reshape(-1).astype(jnp.float32)
-    total, tokens = weighted(features, targets.reshape(-1), weights, chunk, z_loss)
+    weights = weights.astype(jnp.float32)
+
+    def part(head: Any, hidden: Array, targets: Array, weights: Array) -> tuple[Float[Array, ""], TokenLosses]:
+        own = Features(hidden, head[0], features.soft_cap, head[1])
+        total, tokens = weighted(own, targets.reshape(-1), weights.reshape(-1), chunk, z_loss)
+        return total, TokenLosses(*(x.reshape(targets.shape) for x in tokens))
+
+    total, tokens = summed_over_tokens(part, (features.kernel, features.mixture), features.hidden, targets, weights)
     count = jnp.sum(weights)
     for loss in features.losses.values():
         total = total + count * loss

@@ -33,7 +33,7 @@ class Masked(Objective):
     random: float = 0.1
     """part of these that a random token replaces; the rest stays as it is"""
     chunk: int | None = 1024
-    """tokens whose float32 logits exist at a time; None keeps all"""
+    """tokens whose float32 logits exist on a device at a time; None keeps all"""
 
     def problems(self) -> Iterator[tuple[str, str]]:
         """Values out of range."""

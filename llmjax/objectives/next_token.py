@@ -18,7 +18,7 @@ class NextToken(Objective):
     """sum_i mask_i (-log p(target_i | past) + z lse_i^2) / sum_i mask_i. Radford et al. 2019; z-loss: 2204.02311."""
 
     chunk: int | None = 1024
-    """tokens whose float32 logits exist at a time; None keeps all"""
+    """tokens whose float32 logits exist on a device at a time; None keeps all"""
     z_loss: float = 0.0
     """weight of the squared log-normaliser (PaLM: 1e-4)"""
 

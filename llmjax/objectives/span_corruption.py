@@ -42,7 +42,7 @@ class SpanCorruption(Objective):
     span: float = 3.0
     """mean length of the spans, in tokens"""
     chunk: int | None = 1024
-    """tokens whose float32 logits exist at a time; None keeps all"""
+    """tokens whose float32 logits exist on a device at a time; None keeps all"""
 
     def problems(self) -> Iterator[tuple[str, str]]:
         """Values out of range."""

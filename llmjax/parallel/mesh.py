@@ -12,6 +12,7 @@ from typing import Any
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array
@@ -224,6 +225,48 @@ def per_device(
     out = tuple(map(spec, results)) if several else spec(results[0])
     split = jax.shard_map(function, in_specs=tuple(map(spec, names)), out_specs=out, axis_names=free, check_vma=False)
     return split(*arrays)
+
+
+def sequence_axis() -> str | None:
+    """The mesh axis that sequences are split over where the program is traced; None where each device has them whole.
+
+    Within a stage they are whole, for XLA aborts there on a gather along a split axis, and where the table gives them
+    several axes GSPMD does what there is to do.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if AxisType.Manual in mesh.axis_types:
+        return None
+    axes = [axis for axis in group_of(placed(("batch", "length"))[1]) if mesh.shape.get(axis, 1) > 1]
+    return axes[0] if len(axes) == 1 else None
+
+
+def summed_over_tokens(function: Callable[..., tuple[Array, Any]], shared: Any, *arrays: Array) -> tuple[Array, Any]:
+    """`function(shared, *arrays)` -> (a sum over tokens, arrays `[batch, length]`), on every device's own tokens.
+
+    `arrays` are `[batch, length, ...]`; of `shared` every device gets what the axes of tokens do not split. GSPMD
+    splits the rest of what `function` does.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.size <= 1 or AxisType.Manual in mesh.axis_types:
+        return function(shared, *arrays)
+    rows = fit(placed(("batch", "length")), arrays[0].shape[:2], mesh)
+    over = {axis for axes in rows for axis in group_of(axes)}
+    if not over:
+        return function(shared, *arrays)
+
+    def part(shared: Any, *arrays: Array) -> tuple[Array, Any]:
+        total, each = function(shared, *arrays)
+        return total[None], each
+
+    split = jax.shard_map(
+        part,
+        in_specs=(PartitionSpec(), *(rows for _ in arrays)),
+        out_specs=(PartitionSpec(tuple(axis for axis in AXES if axis in over)), rows),
+        axis_names=over,
+        check_vma=False,
+    )
+    total, each = split(shared, *arrays)
+    return jnp.sum(total), each
 
 
 def constrained(x: Array, names: Names) -> Array:

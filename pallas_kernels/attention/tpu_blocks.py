@@ -138,12 +138,13 @@ class Tiling:
         return column, jnp.where(some, jnp.where(every, EVERYTHING, SOME), NOTHING)
 
     def pairs(self) -> int:
-        """Pairs of query and key that positions allow, for the cost estimate; segments are not known here."""
+        """Pairs of query and key within `part` that positions allow, for the cost estimate; segments are not known."""
         low, high = bounds(self.rule)
         row = np.arange(self.lengths[0], dtype=np.int64)
         bound = not self.indexed
-        first = 0 if bound or high is None else np.maximum(row - high, 0)
-        last = self.lengths[1] - 1 if bound or low is None else np.minimum(row - low, self.lengths[1] - 1)
+        start, stop = self.part[0] * self.block_k, min(self.part[1] * self.block_k, self.lengths[1])
+        first = start if bound or high is None else np.maximum(row - high, start)
+        last = stop - 1 if bound or low is None else np.minimum(row - low, stop - 1)
         return int(np.sum(np.maximum(last - first + 1, 0) + 0 * row))
 
 

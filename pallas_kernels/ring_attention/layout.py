@@ -13,8 +13,9 @@ the same work: exactly so with zigzag, up to the diagonal blocks with striped.
 from typing import Any, Literal
 
 import jax
+import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Int
+from jaxtyping import Array, Int, Shaped
 
 Layout = Literal["contiguous", "striped", "zigzag"]
 LAYOUTS = ("contiguous", "striped", "zigzag")
@@ -69,3 +70,26 @@ def to_layout(x: Any, shards: int, layout: Layout = "zigzag", axis: int = 1) -> 
 def from_layout(x: Any, shards: int, layout: Layout = "zigzag", axis: int = 1) -> Any:
     """The inverse of `to_layout`."""
     return x.take(np.argsort(order(x.shape[axis], shards, layout)), axis)
+
+
+def exchanged(
+    x: Shaped[Array, "batch local_length ..."], axis_name: str, back: bool = False
+) -> Shaped[Array, "batch local_length ..."]:
+    """Contiguous shards over `axis_name` made zigzag, or `back`, inside `jax.shard_map`: two permutes of half shards.
+
+    Of the parts 2r and 2r + 1 of shard r, and of r and 2P - 1 - r, one is even and one odd, and all even parts are on
+    different shards before and after. Raises ValueError for an odd length.
+    """
+    check_layout(x.shape[1], "zigzag")
+    shards, first_is_even = jax.lax.axis_size(axis_name), jax.lax.axis_index(axis_name) % 2 == 0
+
+    def sent(half: Array, odd: int) -> Array:
+        steps = [(r, min(2 * r + odd, 2 * (shards - r) - 1 - odd)) for r in range(shards)]
+        return jax.lax.ppermute(half, axis_name, [(b, a) for a, b in steps] if back else steps)
+
+    one, two = jnp.split(x, 2, axis=1)
+    if back:
+        even, odd = jnp.where(first_is_even, one, two), jnp.where(first_is_even, two, one)
+        return jnp.concatenate([sent(even, 0), sent(odd, 1)], axis=1)
+    even, odd = sent(one, 0), sent(two, 1)
+    return jnp.concatenate([jnp.where(first_is_even, even, odd), jnp.where(first_is_even, odd, even)], axis=1)

@@ -68,11 +68,19 @@ def heuristic(query: Array, key: Array, value: Array, rule: Rule, parts: int) ->
 # ---- arrays as the kernels take them ---------------------------------------------------------------------------------
 
 
+class Hop(Tiling):
+    """The tiling of a hop, of which it is not known which shards meet."""
+
+    def pairs(self) -> int:
+        """The mean over all hops, near enough: under a causal mask half of all pairs."""
+        return super().pairs() // (2 if self.rule.causal else 1)
+
+
 def tiling_of(seen: Seen, rule: Rule, config: Config) -> Tiling:
     """The tiling of both passes."""
     assert seen.positions is not None
     query, key = (x.shape[1] for x in seen.positions)
-    return tile((query, key), seen, rule, config.block_q, config.block_k, config.compute)
+    return Hop(**vars(tile((query, key), seen, rule, config.block_q, config.block_k, config.compute)))
 
 
 def travelling(key: Array, value: Array, seen: Seen, config: Config) -> tuple[Array, Array]:

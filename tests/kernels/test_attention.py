@@ -235,8 +235,8 @@ def test_bfloat16_errs_no_more_than_plain_attention(config):
         sinks = rng.standard_normal(4)
         with jax.enable_x64(True):
             exact = [np.asarray(x) for x in plain(*(np.asarray(x, np.float64) for x in arrays), sinks)]
-        square = lambda found: [float(np.mean((np.asarray(a, np.float64) - b) ** 2)) for a, b in zip(found, exact)]
-        squares.append([square(f(*arrays, jnp.asarray(sinks, jnp.float32))) for f in (ours, plain)])
+        found = [f(*arrays, jnp.asarray(sinks, jnp.float32)) for f in (ours, plain)]
+        squares.append([[np.mean((np.asarray(a, np.float64) - b) ** 2) for a, b in zip(f, exact)] for f in found])
     mine, its = np.sqrt(np.mean(squares, axis=0))
     assert its.all()
     assert (mine <= 1.3 * its).all(), mine / its

@@ -5,6 +5,7 @@ import functools
 import os
 import subprocess
 import sys
+from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
@@ -325,6 +326,9 @@ def test_static_visits_are_exactly_the_blocks_that_are_seen(seed):
     seen = np.asarray(touched).reshape(tiling.rows, tiling.columns)
     assert len(set(fetched)) == seen.sum() + (~seen.any(1)).sum()
     assert tiling.pairs() == dense.sum()
+    cut = int(rng.integers(0, tiling.columns + 1))
+    halves = [replace(tiling, part=part).pairs() for part in ((0, cut), (cut, tiling.columns))]
+    assert halves == [dense[:, : cut * tiling.block_k].sum(), dense[:, cut * tiling.block_k :].sum()]
 
 
 def test_the_table_repeats_blocks_instead_of_fetching_unseen_ones():

@@ -11,13 +11,14 @@ import jax
 import numpy as np
 import pytest
 
-from llmjax.config import validate
+from llmjax.config import ConfigError, validate
 from llmjax.data import Bytes, Data, InMemory, Packing
 from llmjax.experiment import Experiment
-from llmjax.fields import subclasses
+from llmjax.fields import hints, subclasses
 from llmjax.nn.block import Block
 from llmjax.nn.decoder import Decoder
 from llmjax.nn.distance import DistanceBias
+from llmjax.nn.masks import Full
 from llmjax.nn.mlp import GLU, FeedForward
 from llmjax.nn.positions import LearnedPositions, Positions
 from llmjax.nn.rope import Rope
@@ -99,16 +100,37 @@ def feed_forward(name):
     return cls(d_ff=24) if "d_ff" in {f.name for f in dataclasses.fields(cls)} else cls(expert=GLU(d_ff=8))
 
 
+def placed(mixer, rope):
+    """The mixer with these rotary positions, where it takes some or none, and its own otherwise."""
+    hint = hints(type(mixer)).get("rope")
+    if hint is None or (rope is None and hint is Rope):
+        return mixer
+    return dataclasses.replace(mixer, rope=rope, **({"soft_cap": None} if hasattr(mixer, "soft_cap") else {}))
+
+
+def takes(mixer, fields):
+    """Whether a mixer and a bias by distance make a pair; one that does not is a config error that says why."""
+    known = getattr(mixer, "mask", Full()).takes_distance() and not getattr(mixer, "rope", None)
+    if "distance" not in fields or known:
+        return True
+    pattern = (Block(mixer=dataclasses.replace(CASES["Attention"], rope=None)), Block(mixer=mixer))
+    with pytest.raises(ConfigError, match=r"one table of distance biases|which have no one place"):
+        validate(Decoder(vocab=257, d_model=16, layers=2, pattern=pattern, **fields))
+    return False
+
+
 def experiment(row):
     """The experiment of a row of the covering array."""
     chosen = {name: FACTORS[name][i] for name, i in row.items()}
     fields, rope = places()[chosen["place"]]
-    blocks = []
-    for name in chosen["mixers"]:
-        mixer = CASES[name]
-        if "rope" in {f.name for f in dataclasses.fields(mixer)}:
-            mixer = dataclasses.replace(mixer, rope=rope, **({"soft_cap": None} if hasattr(mixer, "soft_cap") else {}))
-        blocks.append(Block(mixer=mixer, mlp=feed_forward(chosen["mlp"]), order=chosen["order"]))
+    mixers = [placed(CASES[name], rope) for name in chosen["mixers"]]
+    mixers = [mixer for mixer in mixers if takes(mixer, fields)]
+    heads = next((n for mixer in mixers if (n := mixer.distance_heads())), None)
+    if "distance" in fields:
+        mixers = [mixer for mixer in mixers if mixer.distance_heads() in (None, heads)]
+    blocks = [Block(mixer=mixer, mlp=feed_forward(chosen["mlp"]), order=chosen["order"]) for mixer in mixers]
+    if not any(mixer.distance_heads() for mixer in mixers):
+        fields = {name: value for name, value in fields.items() if name != "distance"}
     model = dict(vocab=257, d_model=16, layers=2 * len(blocks), pattern=tuple(blocks), remat=chosen["remat"], unroll=1)
     source, packing = InMemory(texts=TEXTS, holdout=0.2), subclasses(Packing)[chosen["packing"]]()
     return Experiment(
