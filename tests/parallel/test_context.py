@@ -20,6 +20,7 @@ from llmjax.nn.delta_net import DeltaNet
 from llmjax.nn.gla import GLA
 from llmjax.nn.mamba import Mamba
 from llmjax.nn.mamba2 import Mamba2
+from llmjax.nn.mask_longnet import LongNet
 from llmjax.nn.masks import Window
 from llmjax.nn.mla import MLA
 from llmjax.nn.mlp import GLU
@@ -201,6 +202,15 @@ def bodies(text):
 def rings(text):
     """Loops that send something on in every round."""
     return [name for name, code in bodies(text).items() if " collective-permute(" in code and "while(" not in code]
+
+
+@pytest.mark.matrix
+@evidence("C07", oracle="one device", code="llmjax.nn.mask_longnet")
+def test_dilated_segments_of_a_split_sequence(evidence):
+    """Segments as long as a device's part, twice and four times that, each with every n-th of its keys."""
+    model = decoder(Attention(heads=4, mask=LongNet(segments=(8, 16, 32), dilations=(1, 2, 4))))
+    got = gradients(model, MeshConfig(context=4, tensor=2), "whole")
+    evidence.record(worst(got, single(model, "whole")), TOLERANCE)
 
 
 @evidence("E52", oracle="the compiled program", code="llmjax.nn.scores")
