@@ -36,8 +36,6 @@ def join(hosts: str, host: int | None, coordinator: str | None, seconds: int) ->
     if coordinator is not None and host:
         reach(coordinator, seconds)
     where |= {"initialization_timeout": seconds, "heartbeat_timeout_seconds": HEARTBEAT}
-    # Of two programs under way at once, Gloo mixes up the messages.
-    jax.config.update("jax_cpu_enable_async_dispatch", False)
     try:
         jax.distributed.initialize(**where, shutdown_timeout_seconds=HEARTBEAT)
     except ValueError as error:
@@ -47,6 +45,8 @@ def join(hosts: str, host: int | None, coordinator: str | None, seconds: int) ->
             "--hosts=auto: this machine is in no cluster that jax knows (Cloud TPU, Slurm, Open MPI, Kubernetes): "
             "give --hosts=N --host=I --coordinator=HOST:PORT"
         ) from None
+    # Of two programs under way at once, Gloo mixes up the messages.
+    jax.config.update("jax_cpu_enable_async_dispatch", False)
 
 
 def place(hosts: str, host: int | None, coordinator: str | None) -> dict[str, Any]:
