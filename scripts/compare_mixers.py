@@ -298,21 +298,25 @@ def job(section: str, name: str, spec: Any, effort: Effort) -> tuple[str, str, d
 
 def train_all(jobs: list[tuple[str, str, Any]], effort: Effort) -> Iterator[tuple[str, str, dict[str, Any]]]:
     """The records of all runs as they are done, as many at a time as there are cores."""
-    cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else list(range(os.cpu_count() or 1))
     fresh = multiprocessing.get_context("spawn")
     free = fresh.Queue()
-    for core in cores:
+    for core in cores():
         free.put(core)
-    with ProcessPoolExecutor(len(cores), fresh, initializer=pin, initargs=(free,)) as pool:
+    with ProcessPoolExecutor(len(cores()), fresh, initializer=pin, initargs=(free,)) as pool:
         for done in as_completed([pool.submit(job, *arguments, effort) for arguments in jobs]):
             yield done.result()
+
+
+def cores() -> list[int]:
+    """The cores that this process may use."""
+    return sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else list(range(os.cpu_count() or 1))
 
 
 def environment() -> dict[str, Any]:
     """Where and when something was measured."""
     versions = {name: importlib.metadata.version(name) for name in PACKAGES}
     today = datetime.datetime.now(datetime.UTC).date().isoformat()
-    return {"date": today, "cores": os.cpu_count(), "python": platform.python_version(), **versions}
+    return {"date": today, "cores": len(cores()), "python": platform.python_version(), **versions}
 
 
 def wanted(sections: dict[str, dict[str, Any]], only: list[str]) -> list[tuple[str, str, Any]]:
@@ -342,7 +346,8 @@ def measure(folder: Path, only: list[str], effort: Effort, pooled: bool = True) 
         path.write_text(json.dumps(results, indent=1) + "\n")
     timed = results["mixers"] if "speed" in only else [name for section, name in specs if section == "mixers"]
     for name in timed:
-        results["mixers"][name]["tokens_per_second"] = speeds(found[name], effort)
+        speed = {"tokens_per_second": speeds(found[name], effort), "timed": environment()}
+        results["mixers"][name] |= speed
         print(f"speed: {name}", flush=True)
     path.write_text(json.dumps(results, indent=1) + "\n")
     results = json.loads(path.read_text())

@@ -40,7 +40,7 @@ One seed, and the same rate for all: a mixer that needs another one, or longer, 
 
 State: bytes that decoding keeps for one sequence, both layers, float32. FLOPs: of training, a token, of the whole model
 (`model.flops_per_token`). Speed: tokens a second, forward and backward, of one layer (the first one of a pair) on one
-row.
+row{timed(results)}.
 
 {costs(results)}
 
@@ -61,6 +61,12 @@ Attention with tokens placed in different ways, trained on the bytes of Python's
 
 {left_out}
 """
+
+
+def timed(results: Results) -> str:
+    """When, and on how many cores, layers were timed."""
+    found = {(r["timed"]["date"], r["timed"]["cores"]) for r in results["mixers"].values() if "timed" in r}
+    return "".join(f"; {date}, {cores} cores" for date, cores in sorted(found))
 
 
 def environments(results: Results) -> str:
