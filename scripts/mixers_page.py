@@ -1,5 +1,6 @@
 """The page of `scripts.compare_mixers`: its tables, what came out of the classic claims, and its picture."""
 
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -186,11 +187,15 @@ def figure(results: Results) -> Any:
 
 def draw_state(axes: Any, results: Results) -> None:
     """A point a mixer, and the line of one mixer at several sizes."""
+    points: dict[str, tuple[float, float]] = {}
     for name, record in ordered(results):
         held = next(iter(record["state_bytes"].values()))
         accuracy = record["tasks"]["recall"]["accuracy"]
         axes.plot(max(held, 1), accuracy, "o", markersize=4, color=COLOURS[0 if grows(record) else 1])
-        axes.annotate(name, (max(held, 1), accuracy), fontsize=5, xytext=(3, 2), textcoords="offset points", color=INK)
+        points[name] = (math.log10(max(held, 1)), accuracy)
+    for name in legible(points, 0.7):
+        place = (10 ** points[name][0], points[name][1])
+        axes.annotate(name, place, fontsize=5, xytext=(3, 2), textcoords="offset points", color=INK)
     line = sorted((record["state_bytes"], record["accuracy"]) for record in results["sizes"].values())
     axes.plot(*zip(*line), "-", color=COLOURS[2], linewidth=1.2, label="DeltaNet by size") if line else None
     axes.set_xscale("log")
@@ -208,11 +213,24 @@ def draw_far(axes: Any, results: Results) -> None:
 
 def draw_course(axes: Any, results: Results) -> None:
     """Recall during training: the mixers that ended best and a few others would hide each other, so all are thin."""
+    ends: dict[str, tuple[float, float]] = {}
     for name, record in ordered(results):
         steps, values = zip(*record["tasks"]["recall"]["curve"])
         axes.plot(steps, values, "-", linewidth=0.8, color=COLOURS[0 if grows(record) else 1])
-        axes.annotate(name, (steps[-1], values[-1]), fontsize=5, xytext=(2, 0), textcoords="offset points", color=INK)
+        ends[name] = (steps[-1], values[-1])
+    for name in legible(ends, 1.0):
+        axes.annotate(name, ends[name], fontsize=5, xytext=(2, 0), textcoords="offset points", color=INK)
     label(axes, "Course of recall (blue: the state grows)", "step")
+
+
+def legible(points: dict[str, tuple[float, float]], width: float) -> list[str]:
+    """Names of points that have room for one: none before them lies less than `width` and 0.025 away."""
+    kept: list[str] = []
+    for name in sorted(points, key=len):
+        x, y = points[name]
+        if all(abs(x - points[o][0]) > width or abs(y - points[o][1]) > 0.025 for o in kept):
+            kept.append(name)
+    return kept
 
 
 def label(axes: Any, title: str, below: str, beside: str = "accuracy") -> None:

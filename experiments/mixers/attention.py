@@ -3,7 +3,9 @@
 What:   2 layers of attention of width 64 and nothing else, multi-query associative recall. Variants: other attentions
         on the same task, and the word problem of S3, which attention cannot do unless it writes each step down.
 Cost:   18 seconds of training on two of four busy CPU cores, 0.04M parameters.
-Expect: held-out accuracy 100 % after 300 steps (chance 6 %); the variants have not been measured.
+Expect: held-out accuracy 100 % after 300 steps (chance 6 %). Variants: differential 100 %, latent 20 %, additive 19 %,
+        hashed 14 %, memorizing 12 %; from other first weights differential has 33 % (docs/mixers.md). The word problem:
+        19 % (chance 17 %), and 100 % where each step is written down.
 Run:    llmjax train experiments/mixers/attention.py --run-dir=runs/recall
         llmjax train experiments/mixers/attention.py:latent
 """

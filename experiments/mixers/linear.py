@@ -3,7 +3,8 @@
 What:   2 layers of DeltaNet of width 64 and nothing else, recall of 16 pairs in 64 tokens; variants with a state that
         is too small, with other rules of writing, and on the word problem of S3, where beta up to 2 is what matters.
 Cost:   a minute of training on two of four busy CPU cores, 0.04M parameters.
-Expect: held-out accuracy 99.5 % after 300 steps (chance 6 %); the variants have not been measured.
+Expect: held-out accuracy 99.5 % after 300 steps (chance 6 %). Variants: small_state 10 %, retention 29 %, additive,
+        gla and mlstm 18 %, gated 15 %; the word problem 38 % (chance 17 %; attention has 19 %).
 Run:    llmjax train experiments/mixers/linear.py --run-dir=runs/delta
         llmjax train experiments/mixers/linear.py:small_state
 """

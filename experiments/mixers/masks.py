@@ -3,7 +3,8 @@
 What:   2 layers of attention of width 64 under a sliding window of 16 tokens, recall of 16 pairs in 64 tokens; variants
         under the other masks.
 Cost:   21 seconds of training on two of four busy CPU cores, 0.04M parameters.
-Expect: held-out accuracy 12.7 % after 300 steps (chance 6 %, full attention 100 %); variants not measured.
+Expect: held-out accuracy 12.7 % after 300 steps (chance 6 %, full attention 100 %). Variants: multiscale 59 %, strided
+        29 %, block_attention 18 %, longformer and bigbird 13 %, longnet 9 %, chunked 6 %.
 Run:    llmjax train experiments/mixers/masks.py --run-dir=runs/windowed
         llmjax train experiments/mixers/masks.py:multiscale
 """

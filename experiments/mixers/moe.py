@@ -5,7 +5,7 @@ What:   experiments/tiny.py with 8 experts of a quarter of its feed-forward laye
         quicker on a CPU. Variants: one expert of the whole width a token (Switch), and no losses but biases
         (DeepSeek-V3).
 Cost:   two minutes of training on two of four busy CPU cores, 0.21M parameters.
-Expect: held-out bits per byte 2.68 after 300 of 400 steps (the run was measured up to there).
+Expect: held-out bits per byte 2.53 after 400 steps. Variants: switch 2.43, biased 2.57.
 Run:    llmjax train experiments/mixers/moe.py --run-dir=runs/moe
         llmjax train experiments/mixers/moe.py:switch
 """

@@ -3,7 +3,8 @@
 What:   2 layers of attention of width 64 with ALiBi on the bytes of Python's documentation; variants with other
         positions. `llmjax eval RUN --data.length=1024` measures the trained model in longer rows.
 Cost:   40 seconds of training on two of four busy CPU cores, 0.07M parameters.
-Expect: held-out bits per byte 3.02 at 128 tokens; longer rows and the variants have not been measured.
+Expect: held-out bits per byte 3.02 to 3.00, from 128 tokens to 1024. Variants: none 3.52 to 3.61, t5
+        3.23 to 3.53, learned 3.36 to 3.90, rotary 2.71 to 4.23, sinusoidal 3.24 to 4.88.
 Run:    llmjax train experiments/mixers/positions.py --run-dir=runs/alibi
         llmjax eval runs/alibi --data.length=1024 --data.batch_size=2
 """

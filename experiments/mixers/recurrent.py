@@ -3,7 +3,8 @@
 What:   2 layers of RG-LRU (Griffin) of width 64 and nothing else, trained to repeat one value hidden in rows of 64
         tokens, tested in rows of 256. Variants: minimal GRU and LSTM, RWKV of four generations.
 Cost:   30 seconds of training on two of four busy CPU cores, 0.03M parameters.
-Expect: held-out accuracy 83 % in rows of 256 tokens, four times the trained length, after 800 steps (chance 6 %).
+Expect: held-out accuracy 87 % in rows of 256 tokens, four times the trained length, after 800 steps (chance 6 %).
+        Variants: min_gru, min_lstm, rwkv6 and rwkv7 100 %, rwkv4 95 %.
 Run:    llmjax train experiments/mixers/recurrent.py --run-dir=runs/needle
         llmjax train experiments/mixers/recurrent.py:rwkv7
 """
