@@ -86,7 +86,8 @@ def fit(experiment: Experiment, run_dir: str | Path, *, report: Report = ignore)
     try:
         with contextlib.ExitStack() as stack:
             hosts.on_first(lambda: take(folder, stack))
-            hosts.require_same(facts(experiment))
+            if hosts.several():
+                hosts.require_same(facts(experiment))
             stack.enter_context(experiment.mesh.in_force())
             signals = stack.enter_context(StopSignals())
             trainer = stack.enter_context(contextlib.closing(Trainer(experiment, folder, report)))
