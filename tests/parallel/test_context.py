@@ -128,13 +128,18 @@ MESHES = [MeshConfig(context=8), MeshConfig(context=4, tensor=2), MeshConfig(con
 QUICK = [("packed", MESHES[1])]
 
 
+def suite(i, j):
+    """Every model on one mesh and every mesh with some model in the matrix suite, the rest in the long one."""
+    return pytest.mark.matrix if (i + j) % len(MESHES) == 0 else pytest.mark.long
+
+
 @evidence("E52", oracle="one device", code="llmjax.nn.scores")
 @pytest.mark.parametrize(
     ("name", "config"),
     [
-        pytest.param(name, mesh, marks=() if (name, mesh) in QUICK else pytest.mark.matrix, id=f"{name}-{said(mesh)}")
-        for name in MODELS
-        for mesh in MESHES
+        pytest.param(name, mesh, marks=() if (name, mesh) in QUICK else suite(i, j), id=f"{name}-{said(mesh)}")
+        for i, name in enumerate(MODELS)
+        for j, mesh in enumerate(MESHES)
     ],
 )
 def test_loss_and_gradients_equal_one_device(name, config, evidence):
