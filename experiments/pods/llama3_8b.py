@@ -2,25 +2,27 @@
 
 What:   32 layers of width 4096 (8.03B parameters) on your own token shards, bfloat16 compute on float32 parameters,
         AdamW. fsdp=32 and not more: shards of 128 rows of d_model are the smallest that XLA:TPU gathers as they are (of
-        64 it makes an all-reduce of zero-padded copies). The loss takes all tokens of a chip at once on v5p: in chunks
-        of 1024 tokens the head would be gathered and its gradient summed 512 times a step, 3.5 TB a chip.
+        64 it makes an all-reduce of zero-padded copies). tokens/ is what `write_token_shards` makes, and the
+        tokenizer.json that it was made with.
 Cost:   estimated, no pod has run it (libtpu 0.0.42; efficiencies in llmjax/plan/chips.py). MFU counts half the pairs of
         causal attention; MaxText's tables count all of them.
         llama3_8b.py --target=v5p:4x4x4
-            71.0 GiB of 95.7 a chip, 2.732 s a step of 1,048,576 tokens, MFU 67.3 % (all pairs 75.7 %): matrix products
-            1.89 s, attention 0.57 s, bound by HBM 0.14 s, collectives 0.12 s. The compiler's own clock of its fusions
-            is 2.54 s where this has 2.03 s: 57 % with it.
+            54.1 GiB of 95.7 a chip, 2.722 s a step of 1,048,576 tokens, MFU 67.5 % (all pairs 75.9 %): matrix products
+            1.89 s, attention 0.58 s, bound by HBM 0.14 s, collectives 0.12 s. The compiler's own clock of its fusions
+            is 2.58 s where this has 2.03 s: 56 % with it. Compiled in 130 s on two cores shared with others.
         llama3_8b.py:v6e --target=v6e:16x16
-            20.7 GiB of 31.2 a chip, 3.733 s a step of 6,291,456 tokens, MFU 36.9 % (all pairs 41.5 %): matrix products
-            2.11 s, attention 1.03 s, bound by HBM 0.29 s, collectives 0.30 s. The best published is 45.5 % (all pairs),
-            with activations offloaded to the hosts. Attention of head_dim 128 leaves half of v6e's matrix unit idle.
+            27.4 GiB of 31.2 a chip, 4.767 s a step of 8,388,608 tokens, MFU 38.5 % (all pairs 43.4 %): matrix products
+            2.82 s, attention 1.38 s, bound by HBM 0.38 s, collectives 0.20 s. The best published is 45.5 % (all pairs),
+            with activations offloaded to the hosts. Attention of head_dim 128 leaves half of v6e's matrix unit idle;
+            products and attention alone allow 44 % where blocks are recomputed. With 3 rows a chip it is 37.5 %,
+            remat="dots" needs 34.5 GiB for 1. Compiled in 125 s (3 rows) on two shared cores, in 411 s on busier ones.
 Expect: not known: no pod has trained it yet.
 Run:    llmjax train experiments/pods/llama3_8b.py --data.source.path=tokens/ --run-dir=runs/llama3_8b
 """
 
 from dataclasses import replace
 
-from llmjax.data import Data, TokenShards
+from llmjax.data import Data, TokenizerJson, TokenShards
 from llmjax.experiment import Experiment
 from llmjax.models.llama import llama3
 from llmjax.objectives.next_token import NextToken
@@ -36,8 +38,13 @@ def experiment() -> Experiment:
     return Experiment(
         name="llama3_8b",
         model=replace(llama3("8B"), remat="dots", unroll=1),
-        data=Data(source=TokenShards(path="tokens"), length=8192, batch_size=128),
-        objective=NextToken(chunk=None, z_loss=1e-4),
+        data=Data(
+            source=TokenShards(path="tokens"),
+            tokenizer=TokenizerJson(path="tokens/tokenizer.json"),
+            length=8192,
+            batch_size=128,
+        ),
+        objective=NextToken(chunk=2048, z_loss=1e-4),
         optimizer=AdamW(schedule=Cosine(learning_rate=3e-4, warmup=2000), weight_decay=0.1, b2=0.95),
         train=Train(
             steps=100_000,
@@ -51,12 +58,12 @@ def experiment() -> Experiment:
 
 
 def v6e() -> Experiment:
-    """256 chips of v6e: 768 rows, 6,291,456 tokens an update."""
+    """256 chips of v6e: 1,024 rows, 8,388,608 tokens an update."""
     base = experiment()
     return replace(
         base,
         model=replace(base.model, remat="full"),
-        data=replace(base.data, batch_size=768),
-        objective=NextToken(chunk=2**20, z_loss=1e-4),
+        data=replace(base.data, batch_size=1024),
+        objective=NextToken(chunk=4096, z_loss=1e-4),
         mesh=MeshConfig(data=8, fsdp=32),
     )

@@ -99,17 +99,23 @@ SHOW = Verb(
 PLAN = Verb(
     name="plan",
     summary="compile an experiment for chips that are not there: memory, time, collectives",
-    usage="EXPERIMENT|RUN_DIR --target=CHIP:SHAPE [--search] [--path.to.field=value ...]",
+    usage="EXPERIMENT|RUN_DIR --target=CHIP:SHAPE [--step=decode] [--search] [--path.to.field=value ...]",
     description=(
         "Compile the training step with the real compiler for CHIP:SHAPE (v4, v5e, v5p, v6e, tpu7x; h200, hosts x 1 x\n"
         "GPUs a host; cpu:N), and print whether it fits, the memory of a chip by class, the collectives along each\n"
-        "axis of the mesh, and a step time and MFU from a roofline whose terms are shown. TPUs need the extra `tpu`,\n"
-        "GPUs `cuda`, none of them the chips. LIBTPU_INIT_ARGS is passed on."
+        "axis of the mesh, and a step time and MFU from a roofline whose terms are shown. --step=decode takes the one\n"
+        "that draws a token for each of data.batch_size rows whose cache holds data.length tokens, --step=prefill the\n"
+        "one that fills the cache. TPUs need the extra `tpu`, GPUs `cuda`, none of them the chips. LIBTPU_INIT_ARGS\n"
+        "is passed on."
     ),
     example="llmjax plan experiments/pods/llama3_8b.py --target=v5p:4x4x4 --json",
     arguments=(
         EXPERIMENT,
         (("--target",), {"required": True, "metavar": "CHIP:SHAPE", "help": "chips to plan for, such as v5p:4x4x4"}),
+        (
+            ("--step",),
+            {"choices": ("train", "decode", "prefill"), "default": "train", "help": "what is compiled (train)"},
+        ),
         (
             ("--chip-hour",),
             {"type": float, "default": 0.0, "metavar": "PRICE", "help": "price of an hour of a device, for the bill"},

@@ -49,10 +49,6 @@ def network_advice(experiment: Experiment, plan: Mapping[str, Any]) -> list[str]
         least = d_model // TILE
         rows = d_model // fsdp
         found.append(f"--mesh.fsdp={least} --mesh.data=0: shards of {rows} rows of d_model gather by all-reduce")
-    chunk = getattr(experiment.objective, "chunk", None)
-    if chunk and chunk * 8 < plan["tokens_per_step"] and fsdp > 1:
-        chunks = plan["tokens_per_step"] // chunk
-        found.append(f"--objective.chunk=None, or larger: the head is gathered for each of {chunks} chunks of the loss")
     part = worst["seconds"] / plan["step_seconds"]
     found.append(
         f"{worst['kind']} along {worst['axis']} takes {part:.0%} of the step: more tokens a chip, a smaller axis"

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from llmjax.config import InputError
 from llmjax.experiment import load_experiment
-from llmjax.plan.planner import make
+from llmjax.plan import decode, planner
 from llmjax.plan.target import parse
 
 
@@ -22,7 +22,9 @@ def main(folder: Path) -> None:
     resource.setrlimit(resource.RLIMIT_DATA, (memory, resource.getrlimit(resource.RLIMIT_DATA)[1]))
     request = json.loads((folder / "request.json").read_text())
     try:
-        found = make(load_experiment(request["experiment"], request["overrides"]), parse(request["target"]))
+        experiment, target = load_experiment(request["experiment"], request["overrides"]), parse(request["target"])
+        step = request["step"]
+        found = planner.make(experiment, target) if step == "train" else decode.make(experiment, target, step)
     except InputError as error:
         found = {"error": str(error)}
     (folder / "result.json").write_text(json.dumps(found))

@@ -1,26 +1,21 @@
-"""Memory of one chip by class: the state exactly, from its shardings; what else there is, from the compiler."""
+"""Memory of one chip by class: what stays exactly, from its shardings; what else there is, from the compiler."""
 
 import os
 from typing import Any
 
-from llmjax.plan.program import Program, needed_bytes, shard_bytes
+from llmjax.plan.program import Program, needed_bytes
 from llmjax.plan.target import Target
 
 
 def by_class(program: Program) -> dict[str, int]:
     """Bytes on one chip.
 
-    `gradients` (float32, as the parameters) live during the step, so that they are a part of `temporaries` and not
-    added to them; `activations` are the temporaries beside them. What the compiler says is there only where the step
-    compiled.
+    `gradients` (float32, as the parameters) live during a training step, so that they are a part of `temporaries` and
+    not added to them; `activations` are the temporaries beside them. What the compiler says is there only where the
+    step compiled.
     """
-    state = program.layout.abstract
-    found = {
-        "parameters": shard_bytes(state.params),
-        "optimizer_state": shard_bytes(state.opt_state),
-        "ema": shard_bytes(state.ema),
-    }
-    gradients = found["parameters"]
+    found = dict(program.resident)
+    gradients = found["parameters"] if "optimizer_state" in found else 0
     if program.executable is None:
         return found | {"gradients": gradients}
     said = program.executable.memory_analysis()

@@ -16,12 +16,21 @@ from pallas_kernels.chips import chip_of
 
 
 def make(experiment: Experiment, target: Target) -> dict[str, Any]:
-    """Compile the step and count. Bytes, seconds and executed FLOPs are those of one chip, model FLOPs of all.
+    """Compile the training step and count. Bytes, seconds and executed FLOPs are those of one chip, model FLOPs of all.
 
     Raises InputError where the mesh does not fit the target or the compiler knows no such target.
     """
-    program = compile_step(experiment, target)
-    sums = arithmetic(experiment)
+    program, sums = compile_step(experiment, target), arithmetic(experiment)
+    tokens = sums["tokens_per_step"]
+    found = described(program, target, tokens, sums["flops_per_step"])
+    found |= {"step": "train", "num_params": sums["num_params"], "total_tokens": sums["total_tokens"]}
+    if found["step_seconds"]:
+        found["mfu_all_pairs"] = found["mfu"] * flops_all_pairs(experiment) * tokens / sums["flops_per_step"]
+    return found | {"advice": advice(experiment, found)}
+
+
+def described(program: Program, target: Target, tokens: float, flops: float) -> dict[str, Any]:
+    """What is said of any program that takes so many tokens at once, for which the model needs so many FLOPs."""
     devices = int(program.mesh.devices.size)
     found: dict[str, Any] = {
         "target": target.text,
@@ -29,10 +38,8 @@ def make(experiment: Experiment, target: Target) -> dict[str, Any]:
         "devices_of_target": program.available,
         "mesh": {name: int(size) for name, size in program.mesh.shape.items()},
         **verdict(program, target),
-        "num_params": sums["num_params"],
-        "tokens_per_step": sums["tokens_per_step"],
-        "model_flops_per_step": sums["flops_per_step"],
-        "total_tokens": sums["total_tokens"],
+        "tokens_per_step": tokens,
+        "model_flops_per_step": flops,
         "compile_seconds": program.seconds,
         "compiler_says": program.refusal.splitlines()[:1],
         "step_seconds": None,
@@ -40,12 +47,10 @@ def make(experiment: Experiment, target: Target) -> dict[str, Any]:
         "collectives": [],
     }
     if program.executable is not None:
-        found |= counted(program, target, sums["tokens_per_step"] / devices)
+        found |= counted(program, target, tokens / devices)
     if found["step_seconds"] and target.chip is not None:
-        peak = found["step_seconds"] * devices * target.chip.flops
-        found["mfu"] = sums["flops_per_step"] / peak
-        found["mfu_all_pairs"] = flops_all_pairs(experiment) * sums["tokens_per_step"] / peak
-    return found | {"advice": advice(experiment, found)}
+        found["mfu"] = flops / (found["step_seconds"] * devices * target.chip.flops)
+    return found
 
 
 def flops_all_pairs(experiment: Experiment) -> float:

@@ -24,15 +24,16 @@ ABSENT = {
 """No chip is started, none is looked for, and what a compile takes is measured rather than remembered."""
 
 
-def plan_of(experiment: str, target: str, overrides: Sequence[str]) -> dict[str, Any]:
-    """The plan (`llmjax.plan.planner.make`) of an experiment file or run directory, compiled in a subprocess.
+def plan_of(experiment: str, target: str, overrides: Sequence[str], step: str = "train") -> dict[str, Any]:
+    """The plan of an experiment file or run directory, compiled in a subprocess.
 
-    Raises InputError for a wrong experiment or target, RunError where the compiler crashes.
+    `step` is train (`llmjax.plan.planner.make`), decode or prefill (`llmjax.plan.decode.make`). Raises InputError for a
+    wrong experiment or target, RunError where the compiler crashes.
     """
     chosen = parse(target)
     with tempfile.TemporaryDirectory(prefix="plan-") as name:
         folder = Path(name)
-        request = {"experiment": experiment, "target": target, "overrides": list(overrides)}
+        request = {"experiment": experiment, "target": target, "overrides": list(overrides), "step": step}
         (folder / "request.json").write_text(json.dumps(request))
         command = [sys.executable, "-m", "llmjax.plan.child", name]
         options: dict[str, Any] = dict(capture_output=True, text=True, errors="replace")

@@ -1,4 +1,4 @@
-"""The real training step of an experiment, compiled for a target, and what its compiler and its text say."""
+"""The real training step of an experiment, compiled for a target, and what compilers and their texts say."""
 
 import re
 import time
@@ -18,7 +18,7 @@ from llmjax.plan.network import place_of, rate
 from llmjax.plan.roofline import Terms, terms
 from llmjax.plan.target import Target, unknown_topology
 from llmjax.plan.work import Work
-from llmjax.train.state import Plan, plan
+from llmjax.train.state import plan
 from llmjax.train.step import Compiled, Step, apply_of
 from pallas_kernels.chips import absent_devices
 
@@ -41,7 +41,8 @@ def devices_of(target: Target) -> list[jax.Device]:
 class Program:
     """A compiled step."""
 
-    layout: Plan
+    resident: dict[str, int]
+    """Bytes on one chip of what stays there from step to step, by class."""
     mesh: Mesh
     executable: Any
     """None where the compiler says that it does not fit."""
@@ -61,14 +62,25 @@ def compile_step(experiment: Experiment, target: Target) -> Program:
         layout = plan(experiment.model, experiment.optimizer, experiment.train, mesh)
         apply, train = apply_of(experiment.model.build()), experiment.train
         step = Step(apply, experiment.objective, layout.optimizer, train, experiment.optimizer.needs_objective)
-        started = time.perf_counter()
-        try:
-            compiled = Compiled(step, layout, mesh).compile(experiment.data.empty(experiment.data.batch_size))
-        except jax.errors.JaxRuntimeError as error:
-            if "RESOURCE_EXHAUSTED" not in str(error):
-                raise
-            return Program(layout, mesh, None, time.perf_counter() - started, len(devices), str(error))
-    return Program(layout, mesh, compiled.executable, compiled.seconds, len(devices))
+        state, batch = layout.abstract, experiment.data.empty(experiment.data.batch_size)
+        resident = {
+            "parameters": shard_bytes(state.params),
+            "optimizer_state": shard_bytes(state.opt_state),
+            "ema": shard_bytes(state.ema),
+        }
+        return attempt(lambda: Compiled(step, layout, mesh).compile(batch).executable, resident, mesh, len(devices))
+
+
+def attempt(compiled: Callable[[], Any], resident: dict[str, int], mesh: Mesh, available: int) -> Program:
+    """The program of an executable that `compiled` makes, or of a compiler that says it does not fit."""
+    started, executable, refusal = time.perf_counter(), None, ""
+    try:
+        executable = compiled()
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        refusal = str(error)
+    return Program(resident, mesh, executable, time.perf_counter() - started, available, refusal)
 
 
 def needed_bytes(refusal: str) -> int:

@@ -41,6 +41,29 @@ def test_a_small_step_for_every_chip(target, capsys):
     assert found["run"]["price"] == pytest.approx(2.5 * 4 * steps * found["step_seconds"] / 3600)
 
 
+@pytest.mark.parametrize("target", ["v5p:2x2x1", "h200:1x1x4"])
+def test_decoding_is_planned(target, capsys):
+    """Tokens a second stay below what weights and cache read once allow, and within a factor of 20 of it.
+
+    The embedding's table, of which decoding reads some rows, is 2 % of these weights. The cache is that of two layers,
+    keys and values, float32, its rows split.
+    """
+    sizes = [
+        "--model.layers=2",
+        "--model.unroll=1",
+        "--model.d_model=256",
+        "--data.length=1024",
+        "--data.batch_size=64",
+    ]
+    found = plan(capsys, TINY, f"--target={target}", "--step=decode", "--mesh.data=4", *sizes)
+    assert found["fits"]
+    assert found["tokens_per_step"] == 64
+    keys_and_values = 2 * 2 * 64 * 1024 * 256 * 4
+    assert found["memory"]["cache"] == pytest.approx(keys_and_values / 4, rel=0.01)
+    assert 0.05 < 64 / found["step_seconds"] / found["bound"]["tokens_per_second"] < 1.02
+    assert found["loops_counted_once"] == 0
+
+
 def test_out_of_memory_is_an_answer(capsys):
     """8B parameters on four chips of 16 GB: does not fit, by how much, and what to change; exit code 0."""
     found = plan(capsys, str(PODS / "llama3_8b.py"), "--target=v5e:2x2", "--mesh.data=1", "--mesh.fsdp=4")
@@ -71,7 +94,7 @@ def recorded():
 
 
 @pytest.mark.long
-@pytest.mark.parametrize(("file", "target", "gib", "seconds", "mfu"), recorded())
+@pytest.mark.parametrize(("file", "target", "gib", "seconds", "mfu"), list(recorded()))
 def test_recipes_take_what_their_files_say(file, target, gib, seconds, mfu, capsys):
     """Memory, time and MFU of every plan that a recipe records: 3 %, for other versions of the compiler."""
     found = plan(capsys, str(PODS / file), f"--target={target}")

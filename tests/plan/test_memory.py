@@ -27,6 +27,7 @@ import jax
 from llmjax.experiment import load_experiment
 from llmjax.plan.program import compile_step
 from llmjax.plan.target import parse
+from llmjax.train.state import plan
 
 def resident(field):
     lines = Path("/proc/self/status").read_text().splitlines()
@@ -34,7 +35,8 @@ def resident(field):
 
 experiment = load_experiment(sys.argv[1], sys.argv[2:])
 program = compile_step(experiment, parse("cpu:1"))
-state = jax.block_until_ready(program.layout.init(0))
+layout = plan(experiment.model, experiment.optimizer, experiment.train, program.mesh)
+state = jax.block_until_ready(layout.init(0))
 batch = experiment.data.empty(experiment.data.batch_size)
 batch["positions"] = batch["positions"] * 0 + range(experiment.data.length)
 batch["loss_mask"] = batch["loss_mask"] + 1

@@ -1,25 +1,28 @@
-"""`llmjax plan`: compile the training step for chips that are not there, and say what it will take of them."""
+"""`llmjax plan`: compile a step for chips that are not there, and say what it will take of them."""
 
 from argparse import Namespace
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 from llmjax.cli.text import duration, megabytes, short, table
+from llmjax.config import InputError
 from llmjax.plan.cost import cost
 from llmjax.plan.process import plan_of
 from llmjax.plan.search import first_that_fits
 
-IN_ALL = ("parameters", "optimizer_state", "ema", "batch_and_padding", "temporaries", "results", "program")
+IN_ALL = ("parameters", "optimizer_state", "ema", "cache", "batch_and_padding", "temporaries", "results", "program")
 """Classes of memory that add up to what a chip must hold."""
 
 
 def run(arguments: Namespace) -> dict[str, Any]:
     """Print the plan, with `--search` the plan of the first variant that fits; returns it."""
+    if arguments.search and arguments.step != "train":
+        raise InputError(f"--search tries variants of training: leave it out, or --step={arguments.step}")
     if arguments.search:
         found = first_that_fits(arguments.experiment, arguments.target, arguments.overrides, print)
     else:
-        found = plan_of(arguments.experiment, arguments.target, arguments.overrides)
-    found["run"] = whole_run(found, arguments.chip_hour)
+        found = plan_of(arguments.experiment, arguments.target, arguments.overrides, arguments.step)
+    found["run"] = whole_run(found, arguments.chip_hour) if arguments.step == "train" else None
     print("\n\n".join(report(found)))
     return found
 
@@ -59,7 +62,7 @@ def memory_table(plan: Mapping[str, Any]) -> str:
     memory = plan["memory"]
     rows = [(name.replace("_", " "), megabytes(memory[name])) for name in IN_ALL if name in memory]
     for name in ("gradients", "activations"):
-        if name in memory:
+        if memory.get(name):
             where = "  of the temporaries, " if "temporaries" in memory else ""
             at = next((i + 1 for i, row in enumerate(rows) if row[0] == "temporaries"), len(rows))
             rows.insert(at, (f"{where}{name}", megabytes(memory[name])))
@@ -87,12 +90,21 @@ def time_table(plan: Mapping[str, Any]) -> str:
     rows.append(("step", f"{plan['step_seconds']:.4f} s"))
     rows.append(("tokens a second and device", f"{plan['tokens_per_second_per_chip']:,.0f}"))
     rows.append(("model FLOPs utilisation", f"{plan['mfu']:.1%}"))
-    rows.append(("  with every pair of causal attention", f"{plan['mfu_all_pairs']:.1%}"))
-    bill = plan["run"]
-    rows.append(("the whole run", f"{duration(86400 * bill['days'])}, {bill['chip_hours']:,.2f} device hours"))
-    if bill["price"]:
-        rows.append(("  price", f"{bill['price']:,.2f}"))
+    if plan["step"] == "train":
+        rows.append(("  with every pair of causal attention", f"{plan['mfu_all_pairs']:.1%}"))
+        rows.extend(bill(plan["run"]))
+    else:
+        rows.append(("tokens a second", f"{plan['tokens_per_step'] / plan['step_seconds']:,.0f}"))
+    if "bound" in plan:
+        rows.append(("  at most, weights and cache read once", f"{plan['bound']['tokens_per_second']:,.0f}"))
     return table([("estimated time", ""), *rows], right=(1,))
+
+
+def bill(costs: Mapping[str, float]) -> Iterator[tuple[str, str]]:
+    """What the whole run takes."""
+    yield "the whole run", f"{duration(86400 * costs['days'])}, {costs['chip_hours']:,.2f} device hours"
+    if costs["price"]:
+        yield "  price", f"{costs['price']:,.2f}"
 
 
 def counts(plan: Mapping[str, Any]) -> list[tuple[str, str]]:
