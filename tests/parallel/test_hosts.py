@@ -1,7 +1,10 @@
 """What one process says to wrong requests for several; `tests/multiprocess` starts several."""
 
+import os
 import re
 import socket
+import subprocess
+import sys
 import time
 
 import pytest
@@ -26,11 +29,13 @@ def test_arguments_that_do_not_fit_together(arguments):
         hosts.join(*arguments, seconds=1)
 
 
-def test_a_machine_in_no_cluster(monkeypatch):
-    for name in ("SLURM_JOB_ID", "OMPI_MCA_orte_hnp_uri", "KUBERNETES_SERVICE_HOST", "TPU_WORKER_HOSTNAMES"):
-        monkeypatch.delenv(name, raising=False)
-    with pytest.raises(InputError, match="in no cluster that jax knows"):
-        hosts.join("auto", None, None, seconds=1)
+def test_a_machine_in_no_cluster():
+    """In a process of its own: jax looks for clusters only before it has looked for devices."""
+    cluster = ("SLURM_", "OMPI_", "KUBERNETES_", "TPU_", "JAX_COORDINATOR")
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(cluster)}
+    command = [sys.executable, "-c", "from llmjax.parallel import hosts; hosts.join('auto', None, None, 1)"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert "InputError: --hosts=auto: this machine is in no cluster that jax knows" in done.stderr
 
 
 def test_a_coordinator_that_does_not_listen():
