@@ -346,8 +346,7 @@ def measure(folder: Path, only: list[str], effort: Effort, pooled: bool = True) 
         path.write_text(json.dumps(results, indent=1) + "\n")
     timed = results["mixers"] if "speed" in only else [name for section, name in specs if section == "mixers"]
     for name in timed:
-        speed = {"tokens_per_second": speeds(found[name], effort), "timed": environment()}
-        results["mixers"][name] |= speed
+        results["mixers"][name] |= {"tokens_per_second": speeds(found[name], effort), "timed": environment()}
         print(f"speed: {name}", flush=True)
     path.write_text(json.dumps(results, indent=1) + "\n")
     results = json.loads(path.read_text())

@@ -5,7 +5,7 @@ import re
 import subprocess
 import sys
 import tomllib
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 
 import pytest
@@ -69,6 +69,18 @@ def imports(tree: ast.AST, module: str) -> Iterator[str]:
             base = ".".join(part for part in (base, node.module) if part)
             # `from llmjax import nn` imports llmjax.nn: keep the longer name, a module or an attribute of one.
             yield from (f"{base}.{alias.name}" for alias in node.names)
+
+
+def hidden(tree: ast.Module, package: str, modules: Collection[str]) -> list[str]:
+    """Names that a package takes from elsewhere while a module of its own bears them: imported, it replaces them."""
+    taken = [
+        (node.module, alias.name) for node in tree.body if isinstance(node, ast.ImportFrom) for alias in node.names
+    ]
+    return [
+        name
+        for source, name in taken
+        if f"{package}.{name}" in modules and source not in (package, f"{package}.{name}")
+    ]
 
 
 def room(name: str) -> str:
@@ -227,6 +239,15 @@ def test_kernels_import_only_jax(library: dict[str, ast.Module]) -> None:
     assert {name.split(".")[0] for name in found} <= KERNEL_IMPORTS
 
 
+def test_no_module_replaces_what_its_package_exports(library: dict[str, ast.Module]) -> None:
+    """Importing a submodule sets its name in the package: a function of that name from elsewhere would be gone."""
+    modules = {module.removesuffix(".__init__") for module in library}
+    packages = {
+        module.removesuffix(".__init__"): tree for module, tree in library.items() if module.endswith("__init__")
+    }
+    assert not [name for package, tree in packages.items() for name in hidden(tree, package, modules)]
+
+
 def test_functions_are_short(library: dict[str, ast.Module]) -> None:
     """At most 60 lines a function, docstring not counted, nested functions counted for themselves."""
     lengths = {
@@ -381,6 +402,14 @@ def test_heavy_libraries_wait_until_they_are_used(library: dict[str, ast.Module]
 def test_uphill_imports_are_seen(module: str, source: str, wrong: bool) -> None:
     """Absolute, relative, submodule and function-local imports that lead uphill are all found; others are not."""
     assert bool(uphill(ast.parse(source), module)) is wrong
+
+
+def test_hidden_names_are_seen() -> None:
+    """A function beside a module of its name is seen; one that comes from that module is the same at every time."""
+    modules = {"llmjax.plan.memory", "llmjax.plan.one_device"}
+    beside = ast.parse("from llmjax.plan.one_device import memory, nbytes")
+    assert hidden(beside, "llmjax.plan", modules) == ["memory"]
+    assert hidden(ast.parse("from llmjax.plan.memory import memory"), "llmjax.plan", modules) == []
 
 
 def test_cycles_are_seen() -> None:

@@ -28,9 +28,9 @@ class Tokens:
 class Scores:
     """softmax(cap(q k^T scale) + bias) v over the keys that causality, documents and a mask let through.
 
-    `aligned`: queries and keys are the same tokens in the same order, so that differences of indices are those of
-    positions; but for a `layout` other than contiguous, in which the tokens of a sequence that devices share stand. A
-    sink is one more score per head, without a value.
+    `aligned`: queries and keys are the same tokens in the same order. Differences of their indices are then those of
+    their positions, unless devices share the sequence in another `layout` than contiguous parts. A sink is one more
+    score per head, without a value.
     """
 
     query: Float[Array, "batch length heads head_dim"]
@@ -66,6 +66,7 @@ class Scores:
         options: dict[str, Any] = dict(scale=self.scale, is_causal=self.causal, local_window_size=window)
         options |= dict(logits_soft_cap=self.soft_cap, implementation=self.implementation)
         axis = self._axis() if bias is None and mask is None else None
+        # A ring makes positions of its layout; where keys are gathered instead, rearranged tokens need theirs.
         positions = self._positions(indices=axis is not None or self.layout == "contiguous")
         arrays = (query, key, self.value, bias, mask, self.sinks, *self._segments(), *positions)
         length, whole = "length" if axis else None, query.shape[1]

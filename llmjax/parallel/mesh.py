@@ -204,8 +204,8 @@ def per_device(
 
     Kernels are compiled for one device, and GSPMD cannot split them. `names` are the logical names of each array's
     axes; None is an axis that every device sees whole, and so is one whose parts do not come out even in every array
-    that has it; `result` are those of the output, or of each of several. What `function` computes along a split axis
-    must not depend on the other parts.
+    that has it; `result` are those of the output, or of each of several. `function` knows its own parts only, and
+    must ask for others by the name of the mesh axis (as rings over `sequence_axis` do).
     """
     mesh = jax.sharding.get_abstract_mesh()
     # Within a stage of a pipeline the mesh is split over stages already.

@@ -1,18 +1,9 @@
-"""Choosing among settings: the largest that fits, those that nothing beats, the best that is allowed."""
+"""Choosing among settings: the most rows that fit, those that nothing beats, the best that is allowed."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TypeVar
 
 T = TypeVar("T")
-
-
-def largest(fits: Callable[[int], bool], most: int) -> int:
-    """The largest n of 1 to `most` that fits, 0 where none does; what fits, fits smaller too. log2(most) questions."""
-    low, high = 0, most
-    while low < high:
-        middle = (low + high + 1) // 2
-        low, high = (middle, high) if fits(middle) else (low, middle - 1)
-    return low
 
 
 def max_rows(memory: float, fixed: float, row: float) -> int:

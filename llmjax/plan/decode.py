@@ -16,10 +16,11 @@ from llmjax.decode.generate import laid_out
 from llmjax.experiment import Experiment
 from llmjax.nn.decoder import Decoder
 from llmjax.nn.model import Model, Params, readout
+from llmjax.parallel.fitting import held
 from llmjax.parallel.mesh import Names, fit, placed, shardings
 from llmjax.plan.decode_bound import decode_bound
 from llmjax.plan.planner import described
-from llmjax.plan.program import Program, attempt, devices_of, shard_bytes
+from llmjax.plan.program import Program, attempt, devices_of
 from llmjax.plan.target import Target
 from llmjax.train.state import path_of
 
@@ -64,7 +65,7 @@ def compile_decode(experiment: Experiment, decoder: Decoder, target: Target, tok
         state = placed_state(model, data.batch_size, data.length, experiment.generate.cache_dtype, mesh)
         params = placed_params(model, experiment.train.precision.compute, mesh)
         ids = struct(jax.ShapeDtypeStruct((data.batch_size, tokens), jnp.int32), ("batch", None), mesh)
-        resident = {"parameters": shard_bytes(params), "cache": shard_bytes(state)}
+        resident = {"parameters": held(params), "cache": held(state)}
         split = jax.tree.map(lambda leaf: leaf.sharding, state)
         result = struct(jax.ShapeDtypeStruct((data.batch_size,), jnp.int32), ("batch",), mesh).sharding
         step = jax.jit(next_of(model), donate_argnums=1, out_shardings=(result, split))

@@ -6,8 +6,8 @@ from typing import Any
 from llmjax.config import with_
 from llmjax.experiment import Experiment
 from llmjax.plan.advice import advice
+from llmjax.plan.chip_memory import verdict
 from llmjax.plan.hlo import Module
-from llmjax.plan.memory import verdict
 from llmjax.plan.one_device import arithmetic
 from llmjax.plan.program import Program, blind_loops, compile_step, roofline, sent_by, summary
 from llmjax.plan.target import Target

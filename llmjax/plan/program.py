@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
-import numpy as np
 from jax.sharding import Mesh
 
 from llmjax.experiment import Experiment
+from llmjax.parallel.fitting import held
 from llmjax.plan.collectives import Collective, axis_of, begins, collectives, ends
 from llmjax.plan.hlo import Module
 from llmjax.plan.network import place_of, rate
@@ -64,9 +64,9 @@ def compile_step(experiment: Experiment, target: Target) -> Program:
         step = Step(apply, experiment.objective, layout.optimizer, train, experiment.optimizer.needs_objective)
         state, batch = layout.abstract, experiment.data.empty(experiment.data.batch_size)
         resident = {
-            "parameters": shard_bytes(state.params),
-            "optimizer_state": shard_bytes(state.opt_state),
-            "ema": shard_bytes(state.ema),
+            "parameters": held(state.params),
+            "optimizer_state": held(state.opt_state),
+            "ema": held(state.ema),
         }
         return attempt(lambda: Compiled(step, layout, mesh).compile(batch).executable, resident, mesh, len(devices))
 
@@ -147,10 +147,3 @@ def blind_loops(module: Module) -> int:
     """Loops whose length the text does not tell: their bodies are counted once."""
     loops = (one for name, _ in module.runs() for one in module.computations.get(name, ()) if one.opcode == "while")
     return sum(module.trips(one) is None for one in loops)
-
-
-def shard_bytes(tree: Any) -> int:
-    """Bytes of a sharded abstract tree on one device."""
-    return sum(
-        int(np.prod(leaf.sharding.shard_shape(leaf.shape))) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree)
-    )

@@ -18,13 +18,13 @@ from llmjax.parallel.mesh import MeshConfig
 from llmjax.train import checkpoint
 from llmjax.train.log import read_metrics
 from llmjax.train.state import plan
+from tests.train.test_resume import lines
 from tests.train.tiny import differing
 
 pytestmark = pytest.mark.multiprocess
 
 ROOT = Path(__file__).resolve().parents[2]
 EXPERIMENT = "tests/multiprocess/experiment.py"
-TIMING = {"seconds", "tokens_per_second", "data_wait_fraction", "val_seconds", "mfu"}
 LIMIT = 180
 """Seconds after which a process counts as stuck."""
 
@@ -85,11 +85,6 @@ def cluster():
     found = Cluster()
     yield found
     found.close()
-
-
-def lines(run_dir):
-    """The logged lines without what depends on the clock."""
-    return [{name: x for name, x in line.items() if name not in TIMING} for line in read_metrics(run_dir)]
 
 
 def state(run_dir):
