@@ -67,9 +67,11 @@ def docs(cls: type) -> dict[str, str]:
 def subclasses(base: type) -> dict[str, type]:
     """The concrete config classes of `base` by name, after importing every module of the package it is defined in.
 
+    So are the packages that `base.rooms` names, where it has that attribute.
     Abstract are: what is no dataclass itself, ABCs, `_Private` names, and a class without fields that has subclasses.
     """
-    _import_room(base.__module__)
+    for module in (base.__module__, *getattr(base, "rooms", ())):
+        _import_room(module)
     found: dict[str, type] = {}
     todo = [base]
     for cls in todo:
@@ -82,7 +84,7 @@ def subclasses(base: type) -> dict[str, type]:
 
 @functools.cache
 def _import_room(module: str) -> None:
-    room = module if hasattr(sys.modules[module], "__path__") else module.rpartition(".")[0]
+    room = module if hasattr(importlib.import_module(module), "__path__") else module.rpartition(".")[0]
     if "." in room:  # a top-level package is not one room
         for info in pkgutil.walk_packages(sys.modules[room].__path__, room + "."):
             importlib.import_module(info.name)

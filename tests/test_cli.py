@@ -345,8 +345,9 @@ def test_state_bytes_are_those_of_the_real_arrays(folder: Path) -> None:
 def test_activations_are_what_a_backward_pass_keeps() -> None:
     """Closed form: sum(sin(x W)) keeps cos(x W) alone (the inputs are there anyway): rows x columns float32."""
     step = SimpleNamespace(loss=lambda params, batch, key: (jnp.sum(jnp.sin(batch["x"] @ params["w"])), {}))
-    shapes = {"w": jax.ShapeDtypeStruct((5, 7), jnp.float32)}, {"x": jax.ShapeDtypeStruct((3, 5), jnp.float32)}
-    assert plan.activation_bytes(step, *shapes) == 3 * 7 * 4
+    state = SimpleNamespace(params={"w": jax.ShapeDtypeStruct((5, 7), jnp.float32)}, frozen={})
+    batch = {"x": jax.ShapeDtypeStruct((3, 5), jnp.float32)}
+    assert plan.activation_bytes(step, state, batch) == 3 * 7 * 4
 
 
 def test_activations_shrink_with_rematerialisation_and_with_accumulation(folder: Path) -> None:

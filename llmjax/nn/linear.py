@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from llmjax.nn.initializers import Initializer
+from llmjax.nn.stored import Stored
 from llmjax.parallel.mesh import sequence_axis
 
 
@@ -18,7 +19,8 @@ class Linear(nn.Module):
     """y = x W + b, contracting the last axes of x: `[..., *inputs] -> [..., *outputs]`.
 
     `kernel` is `[*inputs, *outputs]` and `bias` `[*outputs]`, float32 and annotated with logical axis names that
-    `llmjax.parallel.mesh` maps to mesh axes; the product is computed in the dtype the parameters are given in.
+    `llmjax.parallel.mesh` maps to mesh axes; the product is computed in the dtype the parameters are given in. A kernel
+    that is stored in another form multiplies in its own way.
     """
 
     inputs: tuple[int, ...]
@@ -30,10 +32,13 @@ class Linear(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
         """Project; raises TypeError (from XLA) where the last axes of `x` are not `inputs`."""
-        kernel = parameter(self, "kernel", self.initial, self.inputs + self.outputs, self.axes)
+        kernel = given(self, "kernel", self.initial, self.inputs + self.outputs, self.axes)
         count = len(self.inputs)
-        cpu = flat_product if sequence_axis() is None else product
-        y = jax.lax.platform_dependent(x, kernel, cpu=partial(cpu, count), default=partial(product, count))
+        if isinstance(kernel, Stored):
+            y = kernel.dot(x, count)
+        else:
+            cpu = flat_product if sequence_axis() is None else product
+            y = jax.lax.platform_dependent(x, kernel, cpu=partial(cpu, count), default=partial(product, count))
         if self.bias:
             y = y + parameter(self, "bias", jax.nn.initializers.zeros, self.outputs, self.axes[count:])
         return y
@@ -42,7 +47,18 @@ class Linear(nn.Module):
 def parameter(
     module: nn.Module, name: str, init: Initializer, shape: tuple[int, ...], axes: tuple[str | None, ...]
 ) -> Float[Array, "..."]:
-    """Declare a float32 parameter with logical axis names, or return the value that the caller passed in."""
+    """Declare a float32 parameter with logical axis names, or return the value that the caller passed in, an array."""
+    value = given(module, name, init, shape, axes)
+    return value.dense() if isinstance(value, Stored) else value
+
+
+def given(
+    module: nn.Module, name: str, init: Initializer, shape: tuple[int, ...], axes: tuple[str | None, ...]
+) -> Float[Array, "..."] | Stored:
+    """As `parameter`, in the form that the caller passed it in."""
+    value: Any = module.get_variable("params", name)
+    if isinstance(value, Stored):
+        return value
     boxed: Callable[..., Any] = nn.with_logical_partitioning(init, axes)
     return module.param(name, boxed, shape, jnp.float32)
 

@@ -1,18 +1,22 @@
 """What every model config offers to training, decoding and planning."""
 
+from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from flax import struct
 from flax.core import meta
+from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, PRNGKeyArray
+from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
 from llmjax.nn.softmax_mixture import Mixture, log_mixture
+from llmjax.nn.stored import Stored
 
 Params = Any
 """A plain pytree of nested dictionaries of arrays."""
@@ -40,6 +44,9 @@ class Features:
 class Model:
     """Base of the model configs."""
 
+    rooms: ClassVar[tuple[str, ...]] = ("llmjax.adapters", "llmjax.models", "llmjax.quant")
+    """packages above this one that hold models too"""
+
     def build(self) -> nn.Module:
         """The Linen module."""
         raise NotImplementedError
@@ -48,9 +55,17 @@ class Model:
         """The smallest input that initialises every parameter."""
         return {"tokens": jnp.zeros((1, 1), jnp.int32)}
 
-    def init(self, key: PRNGKeyArray) -> Params:
-        """Draw float32 parameters."""
-        return draw(self, key)
+    def init(self, key: PRNGKeyArray, given: Params | None = None) -> Params:
+        """Draw float32 parameters, or complete those that are `given` (see `loaded`)."""
+        return draw(self, key) if given is None else given
+
+    def loaded(self, shardings: Params) -> Params | None:
+        """Parameters that come from elsewhere, placed as `shardings` says; None of models that draw all of theirs."""
+        return None
+
+    def trains(self, path: str) -> bool:
+        """Whether the parameter at `path` (`blocks/0/mixer/query/kernel`) is one that training changes."""
+        return True
 
     def boxed(self) -> Params:
         """Abstract parameters that carry the logical names of their axes; no memory is used."""
@@ -86,10 +101,86 @@ class Model:
         raise NotImplementedError
 
 
+@dataclass(frozen=True)
+class Wrapped(Model, ABC):
+    """Base of models made of another one; what they do not change is the other's, its fields among it."""
+
+    base: Model = Model()
+    """the model inside"""
+
+    @abstractmethod
+    def build(self) -> nn.Module:
+        """The Linen module."""
+
+    def __getattr__(self, name: str) -> Any:
+        """A field of the model inside, such as `vocab`."""
+        if name.startswith("__") or name == "base":
+            raise AttributeError(name)
+        return getattr(self.base, name)
+
+    def example(self) -> dict[str, Any]:
+        """The base's."""
+        return self.base.example()
+
+    def trains(self, path: str) -> bool:
+        """What trains of the base."""
+        return self.base.trains(path)
+
+    def init_state(self, batch: int, length: int, dtype: DTypeLike) -> Any:
+        """The base's."""
+        return self.base.init_state(batch, length, dtype)
+
+    def generates(self) -> bool:
+        """Whether the base does."""
+        return self.base.generates()
+
+    def flops_per_token(self, length: int) -> float:
+        """The base's."""
+        return self.base.flops_per_token(length)
+
+    def kv_bytes_per_token(self, dtype: DTypeLike) -> int:
+        """The base's."""
+        return self.base.kv_bytes_per_token(dtype)
+
+
 @partial(jax.jit, static_argnums=0)
 def draw(model: Model, key: PRNGKeyArray) -> Params:
     """Initial parameters, compiled once for each config."""
     return meta.unbox(model.build().init(key, **model.example())["params"])
+
+
+def flat(params: Params) -> dict[str, Any]:
+    """Parameters by path; those that are stored in another form than an array are one each."""
+    return dict(flatten_dict(params, sep="/"))
+
+
+def unflat(leaves: dict[str, Any]) -> Params:
+    """The tree of parameters by path: the inverse of `flat`."""
+    return unflatten_dict(leaves, sep="/")
+
+
+def split(params: Params, here: Callable[[str], bool]) -> tuple[Params, Params]:
+    """The parameters whose path is `here`, and the others."""
+    leaves = flat(params)
+    mine = {path: x for path, x in leaves.items() if here(path)}
+    return unflat(mine), unflat({path: x for path, x in leaves.items() if path not in mine})
+
+
+def merged(some: Params, others: Params) -> Params:
+    """The tree that holds both: the inverse of `split`."""
+    return unflat(flat(some) | flat(others)) if others else some
+
+
+def cast(tree: PyTree, dtype: DTypeLike) -> PyTree:
+    """The tree with its floating-point leaves in `dtype`; every other leaf as it is.
+
+    Stored parameters stay as they are stored, and are handed out in `dtype`.
+    """
+
+    def one(x: Any) -> Any:
+        return x.astype(dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x
+
+    return jax.tree.map(one, tree, is_leaf=lambda x: isinstance(x, Stored))
 
 
 def readout(features: Features) -> Float[Array, "batch length vocab"]:

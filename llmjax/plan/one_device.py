@@ -9,9 +9,9 @@ import jax
 from jax.extend.core import Literal
 
 from llmjax.experiment import Experiment
-from llmjax.nn.model import Model, Params
+from llmjax.nn.model import Model, Params, merged
 from llmjax.parallel.mesh import MeshConfig
-from llmjax.train.state import by_path, plan
+from llmjax.train.state import State, by_path, plan
 from llmjax.train.step import Compiled, Step, apply_of
 
 
@@ -54,19 +54,20 @@ def arithmetic(experiment: Experiment) -> dict[str, int | float]:
 def memory(experiment: Experiment, compiled: bool = False) -> dict[str, int]:
     """Bytes on one device that holds everything.
 
-    `parameters`, `gradients`, `optimizer_state` and `ema` are exact. `activations` is what the backward pass of one
-    microbatch keeps, traced: an upper bound before fusion. With `compiled` there is `compiled_temporary` too: what XLA
-    reserves on this machine's backend beside the state and the batch, for one update.
+    `parameters` (those that train), `frozen` ones, `gradients`, `optimizer_state` and `ema` are exact. `activations` is
+    what the backward pass of one microbatch keeps, traced: an upper bound before fusion. With `compiled` there is
+    `compiled_temporary` too: what XLA reserves on this machine's backend beside the state and the batch.
     """
     train, mesh = experiment.train, MeshConfig().build()
     layout = plan(experiment.model, experiment.optimizer, train, mesh)
     step = Step(apply_of(experiment.model.build()), experiment.objective, layout.optimizer, train)
     found = {
         "parameters": nbytes(layout.abstract.params),
+        "frozen": nbytes(layout.abstract.frozen),
         "gradients": nbytes(layout.abstract.params),
         "optimizer_state": nbytes(layout.abstract.opt_state),
         "ema": nbytes(layout.abstract.ema),
-        "activations": activation_bytes(step, layout.abstract.params, microbatch(experiment)),
+        "activations": activation_bytes(step, layout.abstract, microbatch(experiment)),
     }
     if compiled:
         whole = experiment.data.empty(experiment.data.batch_size)
@@ -82,13 +83,13 @@ def nbytes(tree: Any) -> int:
     return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
 
-def activation_bytes(step: Step, params: Params, batch: Mapping[str, Any]) -> int:
+def activation_bytes(step: Step, state: State, batch: Mapping[str, Any]) -> int:
     """Bytes that the forward pass of a microbatch hands to the backward pass, the parameters themselves aside."""
 
-    def kept(params: Params, batch: Mapping[str, Any]) -> Any:
-        return jax.vjp(lambda params: step.loss(params, batch, jax.random.key(0))[0], params)[1]
+    def kept(params: Params, frozen: Params, batch: Mapping[str, Any]) -> Any:
+        return jax.vjp(lambda params: step.loss(merged(params, frozen), batch, jax.random.key(0))[0], params)[1]
 
-    jaxpr = jax.make_jaxpr(kept)(params, batch).jaxpr
+    jaxpr = jax.make_jaxpr(kept)(state.params, state.frozen, batch).jaxpr
     inputs = {id(var) for var in jaxpr.invars}
     results = {id(var): var.aval for var in jaxpr.outvars if not isinstance(var, Literal)}
     return nbytes([aval for key, aval in results.items() if key not in inputs])

@@ -65,6 +65,7 @@ def compile_step(experiment: Experiment, target: Target) -> Program:
         state, batch = layout.abstract, experiment.data.empty(experiment.data.batch_size)
         resident = {
             "parameters": held(state.params),
+            "frozen": held(state.frozen),
             "optimizer_state": held(state.opt_state),
             "ema": held(state.ema),
         }

@@ -1,6 +1,7 @@
 """Checkpoints: written by orbax in the background, complete or absent, and trusted only after their hashes agree.
 
-    checkpoints/00000200/arrays/params/   orbax, nested like the parameters, loadable alone
+    checkpoints/00000200/arrays/params/   orbax, nested like the parameters that train, loadable alone
+                         arrays/frozen/   orbax, the parameters that do not, as {path: array}; where there are any
                          arrays/state/    orbax, the rest of the state as {path: array}
                          meta.json        step, held-out loss, the loop's own numbers, shapes and dtypes of all arrays
                          manifest.json    SHA-256 of every file above, written last
@@ -53,10 +54,10 @@ class Checkpoint:
     progress: dict[str, Any]
     """The loop's own numbers."""
     arrays: dict[str, dict[str, Any]]
-    """Shape and dtype of every array, by item (params, state) and path."""
+    """Shape and dtype of every array, by item (params, frozen, state) and path."""
 
     def params(self, abstract: Params) -> Params:
-        """The parameters alone, placed as `abstract` (shape structs with shardings) says, on any number of devices.
+        """The trained parameters, placed as `abstract` (shape structs with shardings) says, on any number of devices.
 
         Raises InputError where a parameter is missing or has another shape or dtype.
         """
@@ -65,15 +66,25 @@ class Checkpoint:
 
     def state(self, abstract: State) -> State:
         """The whole state, placed as `abstract` says. Raises InputError as `params` does."""
-        self._check("params", by_path(abstract.params), "parameter")
-        rest = abstract._replace(params=None)
-        self._check("state", by_path(rest), "array")
-        restored = self._restore({"params": abstract.params, "state": by_path(rest)})
-        flat = [restored["state"][path] for path in _paths(rest)]
-        return jax.tree.unflatten(jax.tree.structure(rest), flat)._replace(params=restored["params"])
+        params, frozen = self.params(abstract.params), self.frozen(abstract.frozen)
+        rest = self._by_path("state", abstract._replace(params=None, frozen=None), "array")
+        return rest._replace(params=params, frozen=frozen)
+
+    def frozen(self, abstract: Params) -> Params:
+        """The parameters that do not train, placed as `abstract` says. Raises InputError as `params` does."""
+        return self._by_path("frozen", abstract, "parameter")
+
+    def _by_path(self, item: str, abstract: PyTree, noun: str) -> Any:
+        """The tree like `abstract` that is kept as {path: array}."""
+        wanted = by_path(abstract)
+        self._check(item, wanted, noun)
+        if not wanted:
+            return abstract
+        restored = self._restore({item: wanted})[item]
+        return jax.tree.unflatten(jax.tree.structure(abstract), [restored[path] for path in _paths(abstract)])
 
     def _check(self, item: str, wanted: dict[str, Any], noun: str) -> None:
-        saved = self.arrays[item]
+        saved = self.arrays.get(item, {})
         for path in sorted(wanted.keys() | saved.keys()):
             if path not in saved:
                 raise InputError(f"checkpoint {self.path} lacks {noun} {path}: it is of another experiment")
@@ -179,19 +190,19 @@ class Writer:
             self._orbax = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler())
         target = place(self._run_dir, step)
         partial = self._folder / f"{HIDDEN}{target.name}"
-        rest = by_path(state._replace(params=None))
-        arrays = {"params": by_path(state.params), "state": rest}
+        items = {"params": state.params, "state": by_path(state._replace(params=None, frozen=None))}
+        items |= {"frozen": by_path(state.frozen)} if state.frozen else {}
         meta = {
             "format": FORMAT,
             "step": step,
             "val_loss": val_loss,
             "progress": progress,
-            "arrays": {item: {path: _kind(x) for path, x in leaves.items()} for item, leaves in arrays.items()},
+            "arrays": {item: {path: _kind(x) for path, x in by_path(tree).items()} for item, tree in items.items()},
         }
-        items = {"params": ocp.args.StandardSave(state.params), "state": ocp.args.StandardSave(rest)}
+        saved = {item: ocp.args.StandardSave(tree) for item, tree in items.items()}
         with self._failing_clearly(partial):
             hosts.on_first(lambda: self._begin(partial, sum(x.nbytes for x in jax.tree.leaves(state))))
-            self._orbax.save(partial / ARRAYS, args=ocp.args.Composite(**items))
+            self._orbax.save(partial / ARRAYS, args=ocp.args.Composite(**saved))
         self._thread = threading.Thread(target=self._finish, args=(partial, target, meta), name="checkpoint")
         self._thread.start()
 

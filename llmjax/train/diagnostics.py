@@ -30,9 +30,9 @@ def diagnose(step: Step, model: Model, state: State, batch: Mapping[str, Any], s
 def _findings(
     step: Step, module: nn.Module, state: State, batch: Batch, key: PRNGKeyArray, pattern: int
 ) -> Iterator[str]:
-    for path, value in by_path(state.params).items():
+    for path, value in by_path(state.model_params).items():
         yield from bad("parameter", path, value, pattern)
-    params = step.train.precision.cast_compute(state.params)
+    params = step.train.precision.cast_compute(state.model_params)
     for path, value in by_path(params).items():
         yield from bad(f"{step.train.precision.compute} copy of parameter", path, value, pattern)
     for name, value in batch.items():

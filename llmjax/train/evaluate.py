@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from llmjax.nn.metric import Metric
-from llmjax.nn.model import Params
+from llmjax.nn.model import Params, merged
 from llmjax.parallel.mesh import replicated
 from llmjax.train.ema import Ema
 from llmjax.train.optimizers import Optimizer
@@ -51,11 +51,12 @@ def averaged(optimizer: Optimizer, ema: Ema | None) -> Callable[[State], Params]
             if state.ema is None:
                 raise ValueError("this state holds no average: it is of a run without one")
             started = state.ema.updates > 0
-            return jax.tree.map(lambda a, p: jnp.where(started, a, p), ema.params(state.ema), state.params)
+            average = jax.tree.map(lambda a, p: jnp.where(started, a, p), ema.params(state.ema), state.params)
+            return merged(average, state.frozen)
 
         return average
     if type(optimizer).eval_params is not Optimizer.eval_params:
-        return lambda state: optimizer.eval_params(state.opt_state, state.params)
+        return lambda state: merged(optimizer.eval_params(state.opt_state, state.params), state.frozen)
     return None
 
 

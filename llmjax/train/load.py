@@ -7,7 +7,7 @@ from typing import Literal
 import jax
 
 from llmjax.config import InputError
-from llmjax.nn.model import Params
+from llmjax.nn.model import Params, merged
 from llmjax.parallel.mesh import MeshConfig
 from llmjax.train import checkpoint
 from llmjax.train.checkpoint import Checkpoint
@@ -40,5 +40,5 @@ def params_of(experiment: Experiment, found: Checkpoint, mesh: MeshConfig) -> Pa
         target = plan(experiment.model, experiment.optimizer, experiment.train, mesh.build()).abstract
     average = averaged(experiment.optimizer, experiment.train.ema)
     if average is None:
-        return found.params(target.params)
+        return merged(found.params(target.params), found.frozen(target.frozen))
     return jax.jit(average)(found.state(target))

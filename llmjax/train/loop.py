@@ -134,7 +134,7 @@ class Trainer:
         self.report({"event": "compile", "compile_seconds": self.compile_seconds})
         self.evaluator = Evaluator(step, self.mesh)
         average = averaged(experiment.optimizer, self.train.ema)
-        self.average = None if average is None else jax.jit(average, out_shardings=self.plan.shardings.params)
+        self.average = None if average is None else jax.jit(average, out_shardings=self.plan.shardings.model_params)
         self.flops_per_token = experiment.model.flops_per_token(first["tokens"].shape[1])
         self.progress, self.state, self.saved = self.restore()
         self.pending: list[Metrics] = []
@@ -294,7 +294,7 @@ class Trainer:
         """Measure the held-out metrics; True where the loss is the lowest so far."""
         self.absorb()
         progress, start = self.progress, time.perf_counter()
-        params = self.state.params if self.average is None else self.average(self.state)
+        params = self.state.model_params if self.average is None else self.average(self.state)
         values = self.evaluator(params, self.feed.eval_batches(self.train.eval_batches))
         progress.val, progress.val_step = values, progress.step
         if self.train.early_stopping is not None:

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import PyTree
 
+from llmjax.nn.model import cast
 from llmjax.train.loss_scale import LossScale
 
 
@@ -34,11 +35,6 @@ class Precision:
         """Yield (field, why it is wrong and what would be right)."""
         if self.compute == "float16" and self.loss_scale is None:
             yield "loss_scale", "leaves float16 gradients to vanish below 6e-8: use Dynamic(), or compute='bfloat16'"
-
-
-def cast(tree: PyTree, dtype: jnp.dtype) -> PyTree:
-    """The tree with its floating-point leaves in `dtype`; every other leaf as it is."""
-    return jax.tree.map(lambda x: x.astype(dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x, tree)
 
 
 def dtypes(tree: PyTree) -> dict[str, str]:

@@ -11,9 +11,9 @@ import numpy as np
 import optax
 from flax.core import meta
 from jax.sharding import AbstractMesh, Mesh, NamedSharding
-from jaxtyping import Array, Int, PyTree
+from jaxtyping import Array, Int, PRNGKeyArray, PyTree
 
-from llmjax.nn.model import Model, Params
+from llmjax.nn.model import Model, Params, merged, split
 from llmjax.parallel.mesh import replicated, shardings
 from llmjax.train.config import Train
 from llmjax.train.ema import EmaState
@@ -24,7 +24,7 @@ class State(NamedTuple):
     """All that changes from step to step on the devices."""
 
     params: Params
-    """Float32."""
+    """Those that train, float32."""
     opt_state: PyTree
     """The optimizer's own."""
     ema: EmaState | None
@@ -33,6 +33,13 @@ class State(NamedTuple):
     """Where the run scales its loss."""
     bad: Int[Array, ""]
     """Steps in a row, up to the last one, that were skipped; int32."""
+    frozen: Params
+    """Parameters that the model says do not train, in the form that they are stored in; empty where all do."""
+
+    @property
+    def model_params(self) -> Params:
+        """The whole tree that the model takes."""
+        return merged(self.params, self.frozen)
 
 
 @dataclass(frozen=True)
@@ -51,20 +58,25 @@ class Plan:
         return jax.tree.map(lambda x: x.sharding, self.abstract)
 
     def init(self, seed: int) -> State:
-        """Draw the state, each device its own part of it; the same for every mesh."""
-        make = jax.jit(lambda key: _new(self.model.init(key), self.optimizer, self.train), out_shardings=self.shardings)
-        return make(jax.random.key(seed))
+        """Draw the state, each device its own part of it; the same for every mesh. Raises what `Model.loaded` does."""
+
+        def new(key: PRNGKeyArray, given: Params | None) -> State:
+            return _new(self.model, self.model.init(key, given), self.optimizer, self.train)
+
+        given = self.model.loaded(self.shardings.model_params)
+        make = jax.jit(new, out_shardings=self.shardings, donate_argnums=1)
+        return make(jax.random.key(seed), given)
 
 
 def plan(model: Model, optimizer: Any, train: Train, mesh: Mesh | AbstractMesh) -> Plan:
     """The plan of a run on `mesh`, `optimizer` being its config. No memory is used.
 
-    Raises ConfigError where a path pattern of the optimizer matches no parameter.
+    Raises ConfigError where a path pattern of the optimizer matches no parameter that trains.
     """
     boxed = model.boxed()
     params = meta.unbox(boxed)
-    transform = optimizer.build(params)
-    shapes = jax.eval_shape(lambda p: _new(p, transform, train), params)
+    transform = optimizer.build(split(params, model.trains)[0])
+    shapes = jax.eval_shape(lambda p: _new(model, p, transform, train), params)
     placed = by_path(shardings(nn.get_partition_spec(boxed), params, mesh))
     sizes = by_path(params)
 
@@ -75,14 +87,16 @@ def plan(model: Model, optimizer: Any, train: Train, mesh: Mesh | AbstractMesh) 
     return Plan(model, transform, train, jax.tree_util.tree_map_with_path(place, shapes))
 
 
-def _new(params: Params, optimizer: optax.GradientTransformationExtraArgs, train: Train) -> State:
+def _new(model: Model, params: Params, optimizer: optax.GradientTransformationExtraArgs, train: Train) -> State:
     loss_scale = train.precision.loss_scale
+    trained, frozen = split(params, model.trains)
     return State(
-        params=params,
-        opt_state=optimizer.init(params),
-        ema=None if train.ema is None else train.ema.init(params),
+        params=trained,
+        opt_state=optimizer.init(trained),
+        ema=None if train.ema is None else train.ema.init(trained),
         loss_scale=None if loss_scale is None else loss_scale.init(),
         bad=jnp.zeros((), jnp.int32),
+        frozen=frozen,
     )
 
 

@@ -19,7 +19,7 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree, UInt
 
 from llmjax.nn.auxiliary import LOSSES, METRICS, over_layers
 from llmjax.nn.metric import Metric, add
-from llmjax.nn.model import Params
+from llmjax.nn.model import Params, merged
 from llmjax.objectives.base import Apply, Batch, Objective
 from llmjax.parallel.mesh import batch_sharding, replicated
 from llmjax.train.config import Train
@@ -94,7 +94,7 @@ class Step:
         """
         key = jax.random.fold_in(jax.random.key(seed), step)
         gradients, metrics = self.gradients(state, batch, key)
-        extra = {"obj_fn": self.first_loss(batch, key)} if self.needs_objective else {}
+        extra = {"obj_fn": self.first_loss(state.frozen, batch, key)} if self.needs_objective else {}
         opt_state = set_learning_rate(state.opt_state, learning_rate)
         updates, opt_state = self.optimizer.update(gradients, opt_state, state.params, **extra)
         params = optax.apply_updates(state.params, updates)
@@ -110,8 +110,10 @@ class Step:
             ema=None if ema is None or state.ema is None else ema.update(state.ema, params),
             loss_scale=None,
             bad=jnp.zeros((), jnp.int32),
+            frozen=None,
         )
-        new = keep_if(good, new, state._replace(loss_scale=None, bad=state.bad + 1))
+        new = keep_if(good, new, state._replace(loss_scale=None, bad=state.bad + 1, frozen=None))
+        new = new._replace(frozen=state.frozen)
         if loss_scale is not None and state.loss_scale is not None:
             new = new._replace(loss_scale=loss_scale.next(state.loss_scale, finite))
         norms["param_norm"] = optax.tree.norm(new.params)
@@ -153,7 +155,7 @@ class Step:
         """Gradients of the (scaled) mean loss of some rows, and their metrics."""
 
         def loss(params: Params) -> tuple[Float[Array, ""], Metrics]:
-            value, metrics = self.loss(params, batch, key)
+            value, metrics = self.loss(merged(params, state.frozen), batch, key)
             return value if state.loss_scale is None else scale_loss(state.loss_scale, value), metrics
 
         return jax.grad(loss, has_aux=True)(state.params)
@@ -162,10 +164,10 @@ class Step:
         """The objective at float32 `params`, computed in the run's precision."""
         return self.objective.loss(self.apply, self.train.precision.cast_compute(params), batch, key)
 
-    def first_loss(self, batch: Batch, key: PRNGKeyArray) -> Callable[[Params], Float[Array, ""]]:
-        """The loss of the first microbatch as a function of the parameters."""
+    def first_loss(self, frozen: Params, batch: Batch, key: PRNGKeyArray) -> Callable[[Params], Float[Array, ""]]:
+        """The loss of the first microbatch as a function of the parameters that train."""
         rows = jax.tree.map(lambda x: x[0], microbatches(batch, self.train.accumulate))
-        return lambda params: self.loss(params, rows, jax.random.fold_in(key, 0))[0]
+        return lambda params: self.loss(merged(params, frozen), rows, jax.random.fold_in(key, 0))[0]
 
 
 def microbatches(batch: Batch, count: int) -> dict[str, Array]:

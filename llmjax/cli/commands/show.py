@@ -101,14 +101,15 @@ def placement(experiment: Experiment) -> dict[str, Any]:
         layout = plan(model, experiment.optimizer, experiment.train, mesh)
         left = whole(model.logical_axes(), model.abstract(), mesh)
     state = layout.abstract
-    classes = {"parameters": state.params, "optimizer_state": state.opt_state, "ema": state.ema}
+    classes = {"parameters": state.params, "frozen": state.frozen, "optimizer_state": state.opt_state, "ema": state.ema}
     return {
         "axes": dict(mesh.shape),
         "devices": mesh.size,
         "bytes": {name: nbytes(tree) for name, tree in classes.items()},
         "bytes_per_device": {name: held(tree) for name, tree in classes.items()},
         "split": {
-            path: [",".join(group_of(axes)) for axes in x.sharding.spec] for path, x in by_path(state.params).items()
+            path: [",".join(group_of(axes)) for axes in x.sharding.spec]
+            for path, x in by_path(state.model_params).items()
         },
         "whole": [entry._asdict() | {"why": entry.why} for entry in left],
         "bubble_fraction": bubble_fraction(config.stage, config.microbatches, config.rounds),
