@@ -8,6 +8,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from flax.core import meta
 from jaxtyping import Array, Float
 
 from llmjax.nn.initializers import Initializer
@@ -44,6 +45,20 @@ class Linear(nn.Module):
         return y
 
 
+class Matrix(nn.Module):
+    """Owns the `kernel` `[*inputs, *outputs]` of a projection and hands it out: its owner chooses when to multiply."""
+
+    inputs: tuple[int, ...]
+    outputs: tuple[int, ...]
+    axes: tuple[str | None, ...]
+    initial: Initializer
+
+    @nn.compact
+    def __call__(self) -> Float[Array, "..."]:
+        """The kernel."""
+        return parameter(self, "kernel", self.initial, self.inputs + self.outputs, self.axes)
+
+
 def parameter(
     module: nn.Module, name: str, init: Initializer, shape: tuple[int, ...], axes: tuple[str | None, ...]
 ) -> Float[Array, "..."]:
@@ -56,7 +71,7 @@ def given(
     module: nn.Module, name: str, init: Initializer, shape: tuple[int, ...], axes: tuple[str | None, ...]
 ) -> Float[Array, "..."] | Stored:
     """As `parameter`, in the form that the caller passed it in."""
-    value: Any = module.get_variable("params", name)
+    value: Any = meta.unbox(module.get_variable("params", name))
     if isinstance(value, Stored):
         return value
     boxed: Callable[..., Any] = nn.with_logical_partitioning(init, axes)

@@ -1,5 +1,6 @@
 """What every model config offers to training, decoding and planning."""
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -81,8 +82,8 @@ class Model:
         return nn.get_partition_spec(self.boxed())
 
     def num_params(self) -> int:
-        """Number of parameters, exactly."""
-        return sum(leaf.size for leaf in jax.tree.leaves(self.abstract()))
+        """Number of parameters, exactly; quantised ones count as what they stand for."""
+        return sum(math.prod(leaf.shape) for leaf in flat(self.abstract()).values())
 
     def init_state(self, batch: int, length: int, dtype: DTypeLike) -> Any:
         """Empty decode state for `batch` sequences of up to `length` tokens."""

@@ -19,7 +19,9 @@ def by_class(program: Program) -> dict[str, int]:
     if program.executable is None:
         return found | {"gradients": gradients}
     said = program.executable.memory_analysis()
-    found["batch_and_padding"] = said.argument_size_in_bytes - sum(found.values())
+    # XLA on TPU counts what the hosts hold apart, on GPU among all arguments.
+    counted = 0 if said.host_argument_size_in_bytes else program.on_host
+    found["batch_and_padding"] = said.argument_size_in_bytes - counted - sum(found.values())
     found["temporaries"] = said.temp_size_in_bytes
     found["program"] = said.generated_code_size_in_bytes
     found["results"] = max(said.output_size_in_bytes - said.alias_size_in_bytes, 0)

@@ -4,7 +4,7 @@ import re
 import time
 from collections import defaultdict
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -52,6 +52,8 @@ class Program:
     """Devices of the target, of which the mesh may use fewer."""
     refusal: str = ""
     """Why it does not fit, in the compiler's words."""
+    on_host: int = 0
+    """Bytes for one chip that stay in its host's memory."""
 
 
 def compile_step(experiment: Experiment, target: Target) -> Program:
@@ -66,10 +68,12 @@ def compile_step(experiment: Experiment, target: Target) -> Program:
         resident = {
             "parameters": held(state.params),
             "frozen": held(state.frozen),
-            "optimizer_state": held(state.opt_state),
+            "optimizer_state": 0 if train.offload_optimizer else held(state.opt_state),
             "ema": held(state.ema),
         }
-        return attempt(lambda: Compiled(step, layout, mesh).compile(batch).executable, resident, mesh, len(devices))
+        on_host = held(state.opt_state) - resident["optimizer_state"]
+        program = attempt(lambda: Compiled(step, layout, mesh).compile(batch).executable, resident, mesh, len(devices))
+        return replace(program, on_host=on_host)
 
 
 def attempt(compiled: Callable[[], Any], resident: dict[str, int], mesh: Mesh, available: int) -> Program:

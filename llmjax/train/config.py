@@ -18,6 +18,9 @@ class Train:
     """Microbatches whose gradients make one update; a divisor of the batch size."""
     precision: Precision = Precision()
     """Dtypes of the forward and backward pass."""
+    offload_optimizer: bool = False
+    """Keep the optimizer's moments in the hosts' memory between updates (Ren et al. 2021, 2101.06840; the paged ones
+    of QLoRA, 2305.14314): their bytes less on the devices, and their way there and back in every update."""
     ema: Ema | None = None
     """Moving average of the parameters, to evaluate and sample with; None for the parameters themselves."""
     log_every: int = 10

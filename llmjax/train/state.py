@@ -82,6 +82,8 @@ def plan(model: Model, optimizer: Any, train: Train, mesh: Mesh | AbstractMesh) 
 
     def place(path: Any, leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
         sharding = _like_param(path_of(path), leaf, placed, sizes) or replicated(mesh)
+        if train.offload_optimizer and path_of(path).startswith("opt_state") and leaf.ndim:
+            sharding = sharding.with_memory_kind("pinned_host")
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
     return Plan(model, transform, train, jax.tree_util.tree_map_with_path(place, shapes))

@@ -92,6 +92,8 @@ class Step:
         they are, adds nothing to the metrics, and counts in `skipped` and `bad`; after `train.stop_after_bad` of them
         in a row every step is skipped, so that what went wrong is still there to be looked at.
         """
+        if self.train.offload_optimizer:
+            state = state._replace(opt_state=jax.device_put(state.opt_state, jax.memory.Space.Device))
         key = jax.random.fold_in(jax.random.key(seed), step)
         gradients, metrics = self.gradients(state, batch, key)
         extra = {"obj_fn": self.first_loss(state.frozen, batch, key)} if self.needs_objective else {}

@@ -10,7 +10,17 @@ from llmjax.plan.cost import cost
 from llmjax.plan.process import plan_of
 from llmjax.plan.search import first_that_fits
 
-IN_ALL = ("parameters", "optimizer_state", "ema", "cache", "batch_and_padding", "temporaries", "results", "program")
+IN_ALL = (
+    "parameters",
+    "frozen",
+    "optimizer_state",
+    "ema",
+    "cache",
+    "batch_and_padding",
+    "temporaries",
+    "results",
+    "program",
+)
 """Classes of memory that add up to what a chip must hold."""
 
 
