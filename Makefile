@@ -8,7 +8,7 @@ ARGS ?=
 PINNED_PYTHON ?= python3.11
 PARITY_VENV ?= .venv-parity
 HARDWARE_VENV ?= .venv-hardware
-PARITY_PACKAGES = 'transformers>=5.23,<6' 'peft>=0.21'
+PARITY_PACKAGES = 'transformers>=5.23,<6' 'peft>=0.21' 'bitsandbytes>=0.50'
 HARDWARE_PACKAGES = 'jax==0.10.2' 'libtpu==0.0.42.*' 'jax-cuda13-plugin==0.10.2' 'jax-cuda13-pjrt==0.10.2' \
 	nvidia-cuda-nvcc nvidia-nvvm
 HARDWARE_ENV = JAX_PLATFORMS=cpu TPU_SKIP_MDS_QUERY=1 TPU_WORKER_HOSTNAMES=localhost ALLOW_MULTIPLE_LIBTPU_LOAD=1
@@ -55,7 +55,7 @@ $(VENV)/.ready-test: pyproject.toml
 # torch comes first and exactly, so that no later package chooses another build of it.
 $(PARITY_VENV)/.ready: pyproject.toml Makefile
 	$(call make_venv,$(PINNED_PYTHON),$(PARITY_VENV))
-	@echo "installing torch, transformers and peft into $(PARITY_VENV)"
+	@echo "installing torch, transformers, peft and bitsandbytes into $(PARITY_VENV)"
 	@$(PARITY_VENV)/bin/pip install $(PIP_FLAGS) 'torch==2.13.0'
 	@$(PARITY_VENV)/bin/pip install $(PIP_FLAGS) --editable '.[test]' $(PARITY_PACKAGES)
 	@touch $@
@@ -111,7 +111,7 @@ long: setup-test setup-hardware  ## what CI has no time for: pairs of parts, all
 	$(PYTEST) -m "long and not hardware" $(ARGS)
 	$(HARDWARE_ENV) $(HARDWARE_VENV)/bin/python -m pytest -m "long and hardware" -n 1 $(ARGS)
 
-parity: setup-parity  ## torch, transformers and peft beside our code (own environment, Python 3.11)
+parity: setup-parity  ## torch, transformers, peft and bitsandbytes beside our code (own environment, Python 3.11)
 	OMP_NUM_THREADS=1 $(PARITY_VENV)/bin/python -m pytest -m parity $(ARGS)
 
 hardware: setup-hardware  ## compile for TPUs and GPUs that are not there (own environment, Python 3.11)

@@ -1,0 +1,1 @@
+"""Quantisation: number formats, quantised tensors, post-training methods and training against rounding."""
