@@ -23,7 +23,7 @@ from types import ModuleType
 from typing import Any
 
 from llmjax.config import ConfigError, did_you_mean, diff, from_dict, override, to_dict, validate
-from llmjax.data import BPE, Data, Dataset
+from llmjax.data import BPE, Data, Dataset, Padded
 from llmjax.decode.config import Generate
 from llmjax.nn.decoder import Decoder
 from llmjax.nn.model import Model
@@ -76,6 +76,9 @@ class Experiment:
         vocab, wanted = getattr(self.model, "vocab", None), self.data.vocab()
         if vocab is not None and wanted is not None and vocab < wanted:
             yield "model.vocab", f"is below the {wanted} token ids of data: raise it, or make fewer ids"
+        packing = getattr(self.data, "packing", None)
+        if getattr(self.model, "slots", 0) and packing is not None and not isinstance(packing, Padded):
+            yield "data.packing", "puts several documents in a row, where model.adapters have a place: use Padded()"
         yield from self.mesh_problems()
         if not 0 <= self.seed < 2**63:
             yield "seed", "must be at least 0 and below 2**63"
@@ -90,8 +93,13 @@ class Experiment:
             parts = math.prod(over.values())
             if size % parts:
                 yield f"data.{name}", f"does not split over {' x '.join(over)}: use a multiple of {parts}"
-        if mesh.stage > 1 and getattr(self.model, "remat", None) == "reversible":
+        remat, adapters = getattr(self.model, "remat", None), getattr(self.model, "adapters", ())
+        if mesh.stage > 1 and remat == "reversible":
             yield "model.remat", "does not run in stages: use full, or mesh.stage=1"
+        if mesh.stage > 1 and adapters:
+            yield "mesh.stage", "splits the layers, where adapters do not find them: use fsdp"
+        if remat == "reversible" and adapters:
+            yield "model.remat", "leaves no layers that adapters find: use full"
         if mesh.fsdp * mesh.stage * mesh.expert * mesh.tensor > 1:
             found = misfits(mesh, self.model.logical_axes(), self.model.abstract())
             yield from ((f"mesh.{axis}", why) for axis, why in found)

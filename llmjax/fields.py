@@ -137,6 +137,8 @@ def convert(node: ast.expr, text: str, hint: Any, path: str) -> Any:
         for member in sorted(_members(hint), key=lambda m: (m is str, type(value) is not m)):
             with contextlib.suppress(ConfigError):
                 return convert(node, text, member, path)
+    elif origin is Literal and shown in get_args(hint):
+        value = shown  # the word `none` may be an option
     elif origin is tuple:
         parts = node.elts if isinstance(node, ast.Tuple | ast.List) else [node]
         value = tuple(convert(part, text, entry(hint, i), f"{path}.{i}") for i, part in enumerate(parts))

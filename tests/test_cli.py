@@ -132,7 +132,7 @@ def test_every_verb_explains_itself_with_an_example_that_it_understands(verb: st
     words = shlex.split(example)
     assert words[:2] == ["llmjax", verb]
     assert read(VERBS[verb], words[2:]) is not None
-    assert callable(importlib.import_module(f"llmjax.cli.commands.{verb}").run)
+    assert callable(importlib.import_module(f"llmjax.cli.commands.{VERBS[verb].module or verb}").run)
 
 
 @pytest.mark.parametrize(

@@ -73,7 +73,7 @@ class Layer:
 class Net:
     num_layers: int = 2
     pattern: tuple[Layer, ...] = (Layer(), Layer(mixer=Gqa()))
-    dtype: Literal["float32", "bfloat16"] = "float32"
+    dtype: Literal["float32", "bfloat16", "none"] = "float32"
     attention: Gqa | Ssm = Ssm()
     extra: Layer | None = None
 
@@ -120,6 +120,7 @@ def get(config, path):
         ("optimizer.learning_rate", "-inf", -math.inf),
         *[("fast", text, True) for text in ("True", "true", "1")],
         *[("fast", text, False) for text in ("False", "false", "0")],
+        ("model.dtype", "none", "none"),
         ("optimizer.clip", "None", None),
         ("optimizer.clip", "none", None),
         ("optimizer.clip", "2", 2.0),
@@ -215,7 +216,7 @@ def test_union_default_is_kept():
         ("--optimizer.betas=0.9", "optimizer.betas=0.9: expected (float, float)"),
         ("--optimizer.betas=(0.9, x)", "optimizer.betas.1=x: expected float"),
         ("--optimizer.colour=green", "optimizer.colour=green: expected RED or BLUE"),
-        ("--model.dtype=bf16", "model.dtype=bf16: expected float32 or bfloat16"),
+        ("--model.dtype=bf16", "model.dtype=bf16: expected float32, bfloat16 or none"),
         ("--model.attention=Gqq", "model.attention=Gqq: expected Gqa (Gqa, Latent) or Ssm: did you mean Gqa?"),
         ("--model.pattern.0.mixer=Mix", "model.pattern.0.mixer=Mix: expected Mix (Gqa, Latent, Ssm)"),
         ("--model.pattern.0.mixer=None", "model.pattern.0.mixer=None: expected Mix (Gqa, Latent, Ssm)"),

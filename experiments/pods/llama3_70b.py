@@ -1,15 +1,15 @@
 """Llama-3-70B shapes at length 8192 on a pod: 512 chips of v5p.
 
 What:   80 layers of width 8192 (70.6B parameters) on your own token shards, bfloat16 compute on float32 parameters,
-        AdamW, all but the blocks' inputs recomputed. fsdp=64 leaves shards of 128 rows of d_model, the smallest that
-        XLA:TPU gathers as they are.
+        AdamW, all recomputed but the blocks' inputs and attention's results. fsdp=64 leaves shards of 128 rows of
+        d_model, the smallest that XLA:TPU gathers as they are.
 Cost:   estimated, no pod has run it (libtpu 0.0.42; efficiencies in llmjax/plan/chips.py). MFU counts half the pairs of
         causal attention; MaxText's tables count all of them.
         llama3_70b.py --target=v5p:8x8x8
-            58.8 GiB of 95.7 a chip, 26.25 s a step of 8,388,608 tokens, MFU 61.1 % (all pairs 65.5 %; MaxText
-            publishes 65.4 % for Llama-2-70B at length 4096 on 256 chips): matrix products 21.7 s, attention 2.9 s,
-            bound by HBM 0.4 s, collectives 1.3 s. The compiler's own clock of its fusions is 24.1 s where this has
-            22.1 s: 57 % with it. Compiled in 139 s on two cores shared with others.
+            75.4 GiB of 95.7 a chip, 25.63 s a step of 8,388,608 tokens, MFU 62.6 % (all pairs 67.1 %; MaxText
+            publishes 65.4 % for Llama-2-70B at length 4096 on 256 chips): matrix products 21.7 s, attention 2.2 s,
+            bound by HBM 0.4 s, collectives 1.3 s. The compiler's own clock of its fusions is 24.2 s where this has
+            22.1 s: 58 % with it. With remat="full" it was 58.8 GiB and 26.25 s. Compiled in 233 s on a shared core.
 Expect: not known: no pod has trained it yet.
 Run:    llmjax train experiments/pods/llama3_70b.py --data.source.path=tokens/ --run-dir=runs/llama3_70b
 """
@@ -31,7 +31,7 @@ def experiment() -> Experiment:
     """512 chips of v5p: 1,024 rows, 8,388,608 tokens an update."""
     return Experiment(
         name="llama3_70b",
-        model=replace(llama3("70B"), remat="full", unroll=1),
+        model=replace(llama3("70B"), remat="attention", unroll=1),
         data=Data(
             source=TokenShards(path="tokens"),
             tokenizer=TokenizerJson(path="tokens/tokenizer.json"),

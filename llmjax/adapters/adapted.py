@@ -1,6 +1,7 @@
 """A model with adapters: what was there stays as it is, what is added trains."""
 
 import inspect
+import math
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -11,9 +12,10 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from flax.core import meta
+from jax.typing import DTypeLike
 from jaxtyping import Array, Int, PRNGKeyArray
 
-from llmjax.adapters.base import ADAPTERS, Adapter, Call, ProjectionAdapter
+from llmjax.adapters.base import ADAPTERS, FRESH, Adapter, Call, ProjectionAdapter, kernel_of, unpacked
 from llmjax.nn.model import Params, Wrapped, cast, flat, readout, unflat
 from llmjax.nn.projections import projection_of, projections
 
@@ -32,8 +34,8 @@ class Adapted(Wrapped):
     `norm/scale$`; empty for none"""
     active: tuple[str, ...] | None = None
     """names of the adapters that are switched on; None for all of them"""
-    frozen_dtype: Literal["float32", "bfloat16"] = "float32"
-    """dtype in which base parameters that do not train are kept"""
+    frozen_dtype: Literal["float32", "bfloat16"] | None = None
+    """dtype in which base parameters that do not train are kept; None for the base's own"""
 
     def build(self) -> nn.Module:
         """The Linen module: the base's, its calls intercepted."""
@@ -48,17 +50,30 @@ class Adapted(Wrapped):
         """Abstract parameters, the base's among them, that carry the logical names of their axes."""
         return jax.eval_shape(self.completed, self.base.boxed(), jax.random.key(0))
 
-    def loaded(self, shardings: Params) -> Params | None:
+    def loaded(self, abstract: Params) -> Params | None:
         """What the base loads."""
         here = flat(self.base.abstract()).keys()
-        return self.base.loaded(unflat({path: x for path, x in flat(shardings).items() if path in here}))
+        return self.base.loaded(unflat({path: x for path, x in flat(abstract).items() if path in here}))
 
     def completed(self, base: Params, key: PRNGKeyArray) -> Params:
-        """The base's parameters in the dtypes that they are kept in, and those of the adapters, drawn for them."""
-        module, rngs = self.build(), {"params": key}
-        _, drawn = module.apply({"params": base}, **self.example(), mutable=["params"], rngs=rngs)
-        dtype = jnp.dtype(self.frozen_dtype)
-        return unflat({path: x if self.trains(path) else cast(x, dtype) for path, x in flat(drawn["params"]).items()})
+        """The base's parameters in the dtypes that they are kept in, and those of the adapters, drawn for them.
+
+        They are drawn in a pass in float32 that the compiler drops: what it leaves of the base as it was is not taken
+        from there.
+        """
+        module, rngs, wide = self.build(), {"params": key}, cast(base, jnp.float32)
+        _, drawn = module.apply({"params": wide}, **self.example(), mutable=["params"], rngs=rngs)
+        moving = (a for a in self.adapters if isinstance(a, ProjectionAdapter) and a.moves)
+        moved = {f"{path}/{p.leaf}" for adapter in moving for path, p in adapter.found(self.base).items()}
+        leaves, new = flat(base), flat(drawn["params"])
+        leaves |= {path: x for path, x in new.items() if path not in leaves or path in moved}
+        return unflat({path: self.kept(path, x) for path, x in leaves.items()})
+
+    def kept(self, path: str, x: Any) -> Any:
+        """A parameter in the dtype that it is kept in: those that train in float32."""
+        if self.trains(path):
+            return cast(x, jnp.float32)
+        return x if self.frozen_dtype is None else cast(x, self.frozen_dtype)
 
     def trains(self, path: str) -> bool:
         """Parameters of adapters that are on and train, and base parameters that `trained` finds."""
@@ -72,6 +87,24 @@ class Adapted(Wrapped):
         """The adapters that are switched on."""
         return tuple(a for a in self.adapters if self.active is None or a.name in self.active)
 
+    def init_state(self, batch: int, length: int, dtype: DTypeLike) -> Any:
+        """The base's, with room for what adapters put before the first token."""
+        state = self.base.init_state(batch, length + self.slots, dtype)
+        return {**state, FRESH: {}} if self.slots else state
+
+    @property
+    def slots(self) -> int:
+        """Places before the first token that adapters take up."""
+        return sum(adapter.slots() for adapter in self.on)
+
+    @property
+    def positions(self) -> Any:
+        """The base's absolute positions, of a table those that are left for tokens."""
+        base: Any = self.base
+        positions = base.positions
+        length = getattr(positions, "length", None)
+        return positions if length is None else replace(positions, length=length - self.slots)
+
     def flops_per_token(self, length: int) -> float:
         """The base's less the gradients of weights that do not train (2 each), and 6 for each of the adapters'.
 
@@ -80,7 +113,9 @@ class Adapted(Wrapped):
         fixed = {path: p for path, p in projections(self.base).items() if p.experts is None and path != "embed"}
         leaves = flat(self.abstract())
         frozen = sum(
-            leaves[f"{path}/{p.leaf}"].size for path, p in fixed.items() if not self.trains(f"{path}/{p.leaf}")
+            math.prod(leaves[f"{path}/{p.leaf}"].shape)
+            for path, p in fixed.items()
+            if not self.trains(f"{path}/{p.leaf}")
         )
         added = sum(x.size for path, x in leaves.items() if f"{ADAPTERS}/" in path)
         return self.base.flops_per_token(length) - 2 * frozen + 6 * added
@@ -108,20 +143,26 @@ class AdaptedModule(nn.Module):
         """The base, and the parameters that adapters have for the whole of it."""
         self.base = self.config.base.build()
         nn.share_scope(self, self.base)
-        having = [a for a in self.config.adapters if type(a).draw_shared is not Adapter.draw_shared]
+        having = [a for a in self.config.adapters if a.shares()]
         self.shared = declared(self, having, lambda a, key: a.draw_shared(key, self.config.base))
 
     def features(self, *args: Any, rows: Int[Array, " batch"] | None = None, **named: Any) -> Any:
         """The base's features; where `rows` is given, each row has one adapter of those that are on, or none (-1)."""
         base: Any = self.base
         inputs = given = dict(inspect.signature(base.features).bind(*args, **named).arguments)
+        if inputs.get("state") is None and any(adapter.stateful() for adapter in self.config.on):
+            inputs, (batch, length) = unpacked(inputs), inputs["tokens"].shape
+            dtype = jax.tree.leaves(self.shared)[0].dtype
+            inputs = {**inputs, "state": self.config.init_state(batch, length, dtype)}
         for adapter in self.config.on:
             inputs = adapter.enter(self.config.base, inputs, self.shared.get(adapter.name))
+        if inputs.get("state") is not None:
+            inputs = {**inputs, "state": {key: x for key, x in inputs["state"].items() if key != FRESH}}
         with nn.intercept_methods(self.interceptor(rows)):
             features, state = base.features(**inputs)
         for adapter in reversed(self.config.on):
             features = adapter.leave(self.config.base, features, given)
-        return features, state
+        return features, None if given.get("state") is None else state
 
     def __call__(self, *args: Any, rows: Int[Array, " batch"] | None = None, **named: Any) -> Any:
         """The base's logits and state."""
@@ -131,6 +172,7 @@ class AdaptedModule(nn.Module):
     def interceptor(self, rows: Int[Array, " batch"] | None) -> Callable[..., Any]:
         """What stands around each call of the base's modules."""
         config, shared = self.config, self.shared
+        inside: list[nn.Module] = []
 
         def intercept(
             make: Callable[..., Any],
@@ -139,13 +181,23 @@ class AdaptedModule(nn.Module):
             context: nn.module.InterceptorContext,
         ) -> Any:
             module, path = context.module, "/".join(context.module.path)
+            if inside and inside[-1] is module:
+                return make(*args, **kwargs)
             found = [a for a in config.adapters if a.finds(module, path, context.method_name)]
             if not found:
                 return make(*args, **kwargs)
 
             having = [a for a in found if type(a).draw is not Adapter.draw]
             own = declared(module, having, lambda a, key: a.draw(key, module))
-            call = Call(module, args, kwargs, lambda: make(*args, **kwargs), None, None)
+
+            def whole(*first: Any) -> Any:
+                inside.append(module)  # called by its name, so that it may be called again
+                try:
+                    return getattr(module, context.method_name)(*first, *args[len(first) :], **kwargs)
+                finally:
+                    inside.pop()
+
+            call = Call(module, args, kwargs, whole, None, None)
             on = [a for a in found if a in config.on]
             if rows is not None:
                 return by_row(on, [own.get(a.name) for a in on], shared, rows, call)
@@ -168,7 +220,12 @@ def declared(
 
 def wrapped(adapter: Adapter, call: Call) -> Call:
     """The call as the adapter makes it."""
-    return replace(call, make=lambda: adapter.around(call))
+
+    def make(*first: Any) -> Any:
+        args = (*first, *call.args[len(first) :])
+        return adapter.around(replace(call, args=args, make=lambda *first: call.make(*first, *args[len(first) :])))
+
+    return replace(call, make=make)
 
 
 def by_row(adapters: list[Adapter], params: list[Any], shared: Any, rows: Int[Array, " batch"], call: Call) -> Any:
@@ -179,7 +236,7 @@ def by_row(adapters: list[Adapter], params: list[Any], shared: Any, rows: Int[Ar
     first = adapters[0] if adapters else None
     projection = projection_of(call.module)
     alike = all(replace(a, name="") == replace(adapters[0], name="") for a in adapters)
-    if not isinstance(first, ProjectionAdapter) or not alike or projection is None or projection.table:
+    if not isinstance(first, ProjectionAdapter) or not alike or projection is None or projection.handed:
         raise ValueError(
             "rows can have adapters of their own where all are the same method on projections, but for name"
         )
@@ -188,8 +245,17 @@ def by_row(adapters: list[Adapter], params: list[Any], shared: Any, rows: Int[Ar
     y, x = call.make(), call.args[0]
     mine = jax.tree.map(lambda *leaves: jnp.stack(leaves)[jnp.maximum(rows, 0)], *params)
 
-    def one(x: Array, y: Array, params: Any) -> Array:
-        return first.output(replace(call, make=lambda: y, params=params, shared=shared.get(first.name)), x, projection)
+    common = [shared[adapter.name] for adapter in adapters if adapter.name in shared]
+    theirs = jax.tree.map(lambda *leaves: jnp.stack(leaves)[jnp.maximum(rows, 0)], *common) if common else None
 
-    changed = jax.vmap(one)(x, y, mine)
+    def one(x: Array, y: Array, params: Any, shared: Any) -> Array:
+        def make(*changed: Array) -> Array:
+            if not changed:
+                return y
+            kernel = kernel_of(call.module, projection)
+            return y + jnp.tensordot(changed[0] - x, kernel.astype(x.dtype), axes=len(projection.inputs))
+
+        return first.output(replace(call, make=make, params=params, shared=shared), x, projection)
+
+    changed = jax.vmap(one)(x, y, mine, theirs)
     return jnp.where((rows < 0).reshape(-1, *(1,) * (y.ndim - 1)), y, changed)

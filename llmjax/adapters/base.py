@@ -24,6 +24,9 @@ from llmjax.nn.stored import Stored
 ADAPTERS = "adapters"
 """Name under which a module's adapters stand in the tree of parameters."""
 
+FRESH = "fresh"
+"""Key of a decode state that no call has seen yet, where adapters put something before the first token."""
+
 Boxes = dict[str, Any]
 """Arrays by name, each with the logical names of its axes (`boxed`)."""
 
@@ -49,8 +52,8 @@ class Call:
     module: nn.Module
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
-    make: Callable[[], Any]
-    """the call as it stands (adapters before this one included)"""
+    make: Callable[..., Any]
+    """the call as it stands (adapters before this one included); what is given takes the first arguments' place"""
     params: Any
     """what the adapter drew for this module"""
     shared: Any
@@ -87,6 +90,10 @@ class Adapter(ABC):
         """Its parameters for the whole model, at `adapters/<name>/`."""
         return {}
 
+    def shares(self) -> bool:
+        """Whether it has parameters for the whole model."""
+        return type(self).draw_shared is not Adapter.draw_shared
+
     def enter(self, model: Model, inputs: dict[str, Any], shared: Any) -> dict[str, Any]:
         """What the model is given instead of `inputs` (tokens, positions, segment_ids, state, ...)."""
         return inputs
@@ -94,6 +101,18 @@ class Adapter(ABC):
     def leave(self, model: Model, features: Features, given: dict[str, Any]) -> Features:
         """What comes out instead of `features`; `given` is what it was called with."""
         return features
+
+    def slots(self) -> int:
+        """Places that it takes up before the first token, in the decode state too (see `begins`)."""
+        return 0
+
+    def stateful(self) -> bool:
+        """Whether the model runs with a decode state in training too."""
+        return False
+
+    def folded(self, params: Any) -> tuple["Adapter", Any]:
+        """The method without what only training needs, and the parameters that it has then."""
+        return self, params
 
     def trains(self, leaf: str) -> bool:
         """Whether its parameter of that name trains."""
@@ -113,6 +132,8 @@ class Adapter(ABC):
 class ProjectionAdapter(Adapter):
     """Base of methods that change weight matrices: W becomes `weight(W)`, y = x W becomes `output(x, y)`."""
 
+    moves: ClassVar[bool] = False
+    """whether it moves a part of the base's matrix into its own when it is drawn"""
     rounds: ClassVar[bool] = False
     """whether it computes the base's outputs in another way even before training, so that the last bits differ"""
 
@@ -141,6 +162,10 @@ class ProjectionAdapter(Adapter):
     ) -> Float[Array, "..."]:
         """The matrix that stands for `kernel` now, of its shape."""
 
+    def bias(self, params: Any, bias: Float[Array, "..."], projection: Projection, shared: Any) -> Float[Array, "..."]:
+        """The bias that stands for `bias` now, for merging: of most methods the same."""
+        return bias
+
     def output(self, call: Call, x: Float[Array, "..."], projection: Projection) -> Float[Array, "..."]:
         """x W' + b, by way of the whole matrix unless the method has a cheaper one."""
         count = len(projection.inputs)
@@ -163,13 +188,17 @@ class ProjectionAdapter(Adapter):
         """The product with the changed matrix, or of those that hand their matrix out, that matrix."""
         projection = projection_of(call.module)
         assert projection is not None
-        if projection.table:
+        if projection.handed:
             return self.weight(call.params, call.make(), projection, call.shared)
         if projection.experts is None:
             return self.output(call, call.args[0], projection)
         given = call.make()
-        change = jax.vmap(lambda params, kernel: self.weight(params, kernel, projection, call.shared))
-        return {**given, "kernel": change(call.params, given["kernel"])}
+        steps = {"kernel": self.weight, "bias": self.bias}
+
+        def one(params: Any, given: dict[str, Any]) -> dict[str, Any]:
+            return {name: steps[name](params, x, projection, call.shared) for name, x in given.items()}
+
+        return jax.vmap(one)(call.params, given)
 
     def problems_in(self, model: Model) -> Iterator[tuple[str, str]]:
         """Targets that are not there."""
@@ -184,6 +213,22 @@ class ProjectionAdapter(Adapter):
             re.compile(self.pattern())
         except re.error as error:
             yield "targets", f"is no regular expression ({error}): use for example '/(query|value)$', or all-linear"
+
+
+def begins(inputs: dict[str, Any]) -> bool:
+    """Whether a call's tokens are the first: without a decode state they always are."""
+    state = inputs.get("state")
+    return state is None or FRESH in state
+
+
+def unpacked(inputs: dict[str, Any]) -> dict[str, Any]:
+    """Rows of one document each, padding known by its positions: what a decode state takes."""
+    segment_ids, positions = inputs.get("segment_ids"), inputs.get("positions")
+    if segment_ids is None:
+        return dict(inputs)
+    if positions is None:
+        positions = jnp.broadcast_to(jnp.arange(segment_ids.shape[1], dtype=jnp.int32), segment_ids.shape)
+    return {**inputs, "positions": jnp.where(segment_ids < 0, -1, positions), "segment_ids": None}
 
 
 def kernel_of(module: nn.Module, projection: Projection) -> Float[Array, "..."]:

@@ -52,7 +52,7 @@ def run(words: Sequence[str]) -> int:
     arguments = read(verb, words[1:])
     if arguments is None:
         return 0
-    result = importlib.import_module(f"llmjax.cli.commands.{verb.name}").run(arguments)
+    result = importlib.import_module(f"llmjax.cli.commands.{verb.module or verb.name}").run(arguments)
     if arguments.json:
         print(json.dumps(jsonable(result), ensure_ascii=False), flush=True)
     return 0

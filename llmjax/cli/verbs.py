@@ -18,7 +18,7 @@ CHECKPOINT: Argument = (
 
 @dataclass(frozen=True)
 class Verb:
-    """One verb: `llmjax.cli.commands.<name>.run(arguments)` does it and returns its JSON object."""
+    """One verb: `llmjax.cli.commands.<module>.run(arguments)` does it and returns its JSON object."""
 
     name: str
     summary: str
@@ -28,6 +28,8 @@ class Verb:
     arguments: tuple[Argument, ...]
     overrides: bool = False
     """whether `--path.to.field=value` may follow"""
+    module: str = ""
+    """where it is done, for a name that no module can have; empty is the name"""
 
 
 TRAIN = Verb(
@@ -160,6 +162,52 @@ LAUNCH = Verb(
     ),
     overrides=True,
 )
+IMPORT = Verb(
+    name="import",
+    summary="make a run directory of a Hugging Face model folder",
+    usage="PATH RUN_DIR [--path.to.field=value ...]",
+    description=(
+        "Read config.json and *.safetensors of PATH (a folder, or with huggingface_hub the id of a repository) and\n"
+        "write a run directory that `llmjax generate`, `eval`, `train` and `export` take: its experiment has the\n"
+        "folder's model and tokenizer, all other fields as they are set here, and its checkpoint is of step 0.\n"
+        "The tokenizer, generation config and chat template are kept beside it. Pickled weights are never read."
+    ),
+    example="llmjax import models/Llama-3.2-1B runs/llama --data.length=2048",
+    module="import_hf",
+    arguments=(
+        (("path",), {"metavar": "PATH", "help": "folder with config.json and safetensors, or a hub id"}),
+        (("run_dir",), {"metavar": "RUN_DIR", "help": "directory to make"}),
+    ),
+    overrides=True,
+)
+EXPORT = Verb(
+    name="export",
+    summary="write a run's model as a Hugging Face folder",
+    usage="RUN_DIR PATH [--checkpoint=best|last|STEP] [--merge] [--dtype=float32|bfloat16|float16] [--max-shard-gb=N]",
+    description=(
+        "Write config.json and *.safetensors that `transformers` loads, with the tokenizer, generation config and\n"
+        "chat template that the run was imported with, or the tokenizer that it has made. Of a model with adapters\n"
+        "write adapter_config.json and adapter_model.safetensors that `peft` loads, or with --merge the whole model."
+    ),
+    example="llmjax export runs/llama models/mine --dtype=bfloat16",
+    arguments=(
+        RUN_DIR,
+        (("path",), {"metavar": "PATH", "help": "folder to write"}),
+        CHECKPOINT,
+        (
+            ("--merge",),
+            {"action": "store_true", "help": "fold adapters into the weights, and make quantised weights dense"},
+        ),
+        (
+            ("--dtype",),
+            {"choices": ("float32", "bfloat16", "float16"), "default": "float32", "help": "of the tensors (float32)"},
+        ),
+        (
+            ("--max-shard-gb",),
+            {"type": float, "default": 5.0, "metavar": "N", "help": "largest file, in 10^9 bytes (5)"},
+        ),
+    ),
+)
 LIST = Verb(
     name="list",
     summary="list the components that a config can name, and the experiments",
@@ -195,4 +243,4 @@ DIFF = Verb(
         (("b",), {"metavar": "B", "help": "likewise"}),
     ),
 )
-VERBS = {verb.name: verb for verb in (TRAIN, EVAL, GENERATE, SHOW, PLAN, LAUNCH, LIST, PLOT, DIFF)}
+VERBS = {verb.name: verb for verb in (TRAIN, EVAL, GENERATE, SHOW, PLAN, LAUNCH, IMPORT, EXPORT, LIST, PLOT, DIFF)}

@@ -8,8 +8,12 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int32
 
+from llmjax.config import InputError
 from llmjax.data.codec import Codec
 from llmjax.data.reading import digest
+
+END_OF_TEXT = "<|endoftext|>"
+"""what the end of text is called in files, where a tokenizer has no name for it"""
 
 
 class LibraryCodec(Codec):
@@ -40,6 +44,20 @@ class LibraryCodec(Codec):
         """Text of token ids; special tokens stand for nothing, broken UTF-8 becomes U+FFFD."""
         known = [int(i) for i in ids if i < self._ids and i not in (self.bos_id, self.eos_id)]
         return self._tokenizer.decode(known, skip_special_tokens=True)
+
+    def tokenizer_json(self) -> str:
+        """The text of a tokenizer.json, the end of text a token of its own as it is here.
+
+        Raises InputError where the vocabulary ends before the id of the end of text: no file can say that.
+        """
+        from tokenizers import Tokenizer
+
+        tokenizer = Tokenizer.from_str(self._tokenizer.to_str())
+        if tokenizer.id_to_token(self.eos_id) is None:
+            tokenizer.add_special_tokens([END_OF_TEXT])
+            if tokenizer.token_to_id(END_OF_TEXT) != self.eos_id:
+                raise InputError(f"the tokenizer has {self._ids} ids, and its end of text is {self.eos_id}")
+        return tokenizer.to_str(pretty=True)
 
 
 def token_bytes(tokenizer: Any, size: int) -> Int32[np.ndarray, "size"]:

@@ -3,17 +3,23 @@
 from collections.abc import Mapping
 from typing import Any, Literal
 
-import numpy as np
-
 from llmjax.config import InputError
-from llmjax.models import mapping
-from llmjax.models.mapping import Entry, Family, Tensors
+from llmjax.models.mapping import Entry, Family
+from llmjax.models.settings import (
+    Their,
+    activation_name,
+    activation_of,
+    checked,
+    expressible,
+    first,
+    require,
+    setting,
+)
 from llmjax.nn.attention import Attention
 from llmjax.nn.block import Block
 from llmjax.nn.decoder import Decoder
 from llmjax.nn.initializers import GPT2Init
 from llmjax.nn.mlp import MLP
-from llmjax.nn.model import Params
 from llmjax.nn.norms import LayerNorm
 from llmjax.nn.positions import LearnedPositions
 
@@ -59,42 +65,36 @@ def from_hf_config(theirs: Mapping[str, Any]) -> Decoder:
 
     Raises InputError for ill-typed values and for variants that GPT-2 itself does not use.
     """
-    for key, usual in (
-        ("scale_attn_weights", True),
-        ("scale_attn_by_inverse_layer_idx", False),
-        ("add_cross_attention", False),
-    ):
-        if mapping.setting(theirs, key, usual) != usual:
-            raise InputError(f"config.json: {key}={theirs[key]} is not supported: only {usual} is")
-    norm = LayerNorm(eps=mapping.setting(theirs, "layer_norm_epsilon", 1e-5))
-    d_model = mapping.setting(theirs, "n_embd", 768)
+    require(theirs, scale_attn_weights=True, scale_attn_by_inverse_layer_idx=False, add_cross_attention=False)
+    norm = LayerNorm(eps=setting(theirs, "layer_norm_epsilon", 1e-5))
+    d_model = setting(theirs, "n_embd", 768)
     block = Block(
-        mixer=Attention(heads=mapping.setting(theirs, "n_head", 12), rope=None, bias=True, out_bias=True),
+        mixer=Attention(heads=setting(theirs, "n_head", 12), rope=None, bias=True, out_bias=True),
         mlp=MLP(
-            d_ff=mapping.setting(theirs, "n_inner", 4 * d_model),
-            activation=mapping.activation_of(theirs, "activation_function", "gelu_new"),
+            d_ff=setting(theirs, "n_inner", 4 * d_model),
+            activation=activation_of(theirs, "activation_function", "gelu_new"),
             bias=True,
         ),
         norm=norm,
-        dropout=mapping.setting(theirs, "resid_pdrop", 0.1),
+        dropout=setting(theirs, "resid_pdrop", 0.1),
     )
     config = Decoder(
-        vocab=mapping.setting(theirs, "vocab_size", 50257),
+        vocab=setting(theirs, "vocab_size", 50257),
         d_model=d_model,
-        layers=mapping.setting(theirs, "n_layer", 12),
+        layers=setting(theirs, "n_layer", 12),
         pattern=(block,),
         norm=norm,
-        positions=LearnedPositions(mapping.setting(theirs, "n_positions", 1024)),
-        tied=mapping.setting(theirs, "tie_word_embeddings", True),
-        dropout=mapping.setting(theirs, "embd_pdrop", 0.1),
-        initializer=GPT2Init(std=mapping.setting(theirs, "initializer_range", 0.02)),
+        positions=LearnedPositions(setting(theirs, "n_positions", 1024)),
+        tied=setting(theirs, "tie_word_embeddings", True),
+        dropout=setting(theirs, "embd_pdrop", 0.1),
+        initializer=GPT2Init(std=setting(theirs, "initializer_range", 0.02)),
     )
-    return mapping.checked(config)
+    return checked(config)
 
 
-def to_hf_config(config: Decoder) -> dict[str, Any]:
+def to_hf_config(config: Decoder) -> Their:
     """The `gpt2` config.json of our config; raises InputError where GPT-2 cannot say what it holds."""
-    block, mixer, mlp = mapping.parts(config, "gpt2", MLP)
+    block, mixer, mlp = first(config, "gpt2", Attention, MLP)
     if not isinstance(config.positions, LearnedPositions):
         raise InputError(f"positions={config.positions} cannot be said in a gpt2 config.json: it has LearnedPositions")
     theirs = {
@@ -106,7 +106,7 @@ def to_hf_config(config: Decoder) -> dict[str, Any]:
         "n_layer": config.layers,
         "n_head": mixer.heads,
         "n_inner": mlp.d_ff,
-        "activation_function": mapping.activation_name(mlp.activation),
+        "activation_function": activation_name(mlp.activation),
         "layer_norm_epsilon": getattr(block.norm, "eps", 1e-5),
         "tie_word_embeddings": config.tied,
         "resid_pdrop": config.pattern[0].dropout,
@@ -115,54 +115,46 @@ def to_hf_config(config: Decoder) -> dict[str, Any]:
         "bos_token_id": None,
         "eos_token_id": None,
     }
-    return mapping.expressible(config, theirs, FAMILY)
+    return expressible(config, theirs, "gpt2", from_hf_config)
 
 
 def table(config: Decoder) -> tuple[Entry, ...]:
     """Conv1D kernels are [inputs, outputs] and queries, keys and values are one tensor."""
-    layer = "transformer.h.{i}."
     kernels, biases = (
         tuple(f"mixer/{name}/{kind}" for name in ("query", "key", "value")) for kind in ("kernel", "bias")
     )
-    head = () if config.tied else (Entry(("head/kernel",), "lm_head.weight", "v d -> d v"),)
+    block = (
+        Entry(("mixer_norm/scale",), "ln_1.weight", "d -> d"),
+        Entry(("mixer_norm/bias",), "ln_1.bias", "d -> d"),
+        Entry(kernels, "attn.c_attn.weight", "d [h k] -> d h k"),
+        Entry(biases, "attn.c_attn.bias", "[h k] -> h k"),
+        Entry(("mixer/out/kernel",), "attn.c_proj.weight", "(h k) d -> h k d"),
+        Entry(("mixer/out/bias",), "attn.c_proj.bias", "d -> d"),
+        Entry(("mlp_norm/scale",), "ln_2.weight", "d -> d"),
+        Entry(("mlp_norm/bias",), "ln_2.bias", "d -> d"),
+        Entry(("mlp/up/kernel",), "mlp.c_fc.weight", "d f -> d f"),
+        Entry(("mlp/up/bias",), "mlp.c_fc.bias", "f -> f"),
+        Entry(("mlp/down/kernel",), "mlp.c_proj.weight", "f d -> f d"),
+        Entry(("mlp/down/bias",), "mlp.c_proj.bias", "d -> d"),
+    )
     return (
         Entry(("embed/embedding",), "transformer.wte.weight", "v d -> v d"),
         Entry(("positions/embedding",), "transformer.wpe.weight", "l d -> l d"),
-        Entry(("mixer_norm/scale",), layer + "ln_1.weight", "d -> d"),
-        Entry(("mixer_norm/bias",), layer + "ln_1.bias", "d -> d"),
-        Entry(kernels, layer + "attn.c_attn.weight", "d (n h k) -> n d h k"),
-        Entry(biases, layer + "attn.c_attn.bias", "(n h k) -> n h k"),
-        Entry(("mixer/out/kernel",), layer + "attn.c_proj.weight", "(h k) d -> h k d"),
-        Entry(("mixer/out/bias",), layer + "attn.c_proj.bias", "d -> d"),
-        Entry(("mlp_norm/scale",), layer + "ln_2.weight", "d -> d"),
-        Entry(("mlp_norm/bias",), layer + "ln_2.bias", "d -> d"),
-        Entry(("mlp/up/kernel",), layer + "mlp.c_fc.weight", "d f -> d f"),
-        Entry(("mlp/up/bias",), layer + "mlp.c_fc.bias", "f -> f"),
-        Entry(("mlp/down/kernel",), layer + "mlp.c_proj.weight", "f d -> f d"),
-        Entry(("mlp/down/bias",), layer + "mlp.c_proj.bias", "d -> d"),
+        *(entry.at("blocks/*/", "transformer.h.{i}.") for entry in block),
         Entry(("norm/scale",), "transformer.ln_f.weight", "d -> d"),
         Entry(("norm/bias",), "transformer.ln_f.bias", "d -> d"),
-        *head,
+        *(() if config.tied else (Entry(("head/kernel",), "lm_head.weight", "v d -> d v"),)),
     )
-
-
-def import_weights(tensors: Tensors, config: Decoder) -> Params:
-    """Float32 parameters from transformers' tensors; see `llmjax.models.mapping.import_weights`."""
-    return mapping.import_weights(tensors, config, FAMILY)
-
-
-def export_weights(params: Params, config: Decoder) -> dict[str, np.ndarray]:
-    """transformers' tensors from parameters; see `llmjax.models.mapping.export_weights`."""
-    return mapping.export_weights(params, config, FAMILY)
 
 
 FAMILY = Family(
     model_type="gpt2",
     architecture="GPT2LMHeadModel",
     prefix="transformer.",
-    ignored=r"\.h\.\d+\.attn\.(masked_)?bias$",
-    extra=("bos_token_id", "eos_token_id", "pad_token_id"),
     from_hf_config=from_hf_config,
     to_hf_config=to_hf_config,
     table=table,
+    ignored=r"\bh\.\d+\.attn\.(masked_)?bias$",
+    copies={"lm_head.weight": "transformer.wte.weight"},
+    extra=("bos_token_id", "eos_token_id", "pad_token_id"),
 )

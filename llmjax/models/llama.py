@@ -1,21 +1,33 @@
-"""LLaMA 1 to 3: rotary positions, RMSNorm before each branch, SwiGLU, no biases. Touvron et al. 2023 (2302.13971)."""
+"""LLaMA 1 to 3: rotary positions, RMSNorm before each branch, SwiGLU, no biases. Touvron et al. 2023 (2302.13971).
+
+Families that name their tensors and settings as LLaMA does are made of the same functions.
+"""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any, Literal
 
-import numpy as np
-
 from llmjax.config import InputError
-from llmjax.models import mapping
-from llmjax.models.mapping import Entry, Family, Tensors
+from llmjax.models.mapping import Entry, Family
+from llmjax.models.rotary import rope_of, rope_settings
+from llmjax.models.settings import (
+    Their,
+    activation_name,
+    activation_of,
+    checked,
+    expressible,
+    first,
+    setting,
+)
 from llmjax.nn.attention import Attention
 from llmjax.nn.block import Block
 from llmjax.nn.decoder import Decoder
 from llmjax.nn.initializers import LlamaInit
+from llmjax.nn.masks import AttentionMask, Full, Window
 from llmjax.nn.mlp import GLU
-from llmjax.nn.model import Params
 from llmjax.nn.norms import RMSNorm
 from llmjax.nn.rope import Rope
+from llmjax.nn.rope_scaling import Llama3
 
 Shape = tuple[int, int, int, int, int, float]
 
@@ -37,6 +49,10 @@ LLAMA3: dict[str, Shape] = {
     "70B": (80, 8192, 64, 8, 28672, 1e-5),
 }
 """as LLAMA1 (Llama team 2024, 2407.21783)"""
+LLAMA31: dict[str, Shape] = LLAMA3 | {"405B": (126, 16384, 128, 8, 53248, 1e-5)}
+"""as LLAMA3"""
+LLAMA32: dict[str, Shape] = {"1B": (16, 2048, 32, 8, 8192, 1e-5), "3B": (28, 3072, 24, 8, 8192, 1e-5)}
+"""as LLAMA1"""
 
 
 def llama1(size: Literal["7B", "13B", "33B", "65B"] = "7B", vocab: int = 32000) -> Decoder:
@@ -54,12 +70,25 @@ def llama3(size: Literal["8B", "70B"] = "8B", vocab: int = 128256) -> Decoder:
     return _llama("Llama 3", LLAMA3, size, vocab, base=500_000.0)
 
 
-def _llama(name: str, sizes: dict[str, Shape], size: str, vocab: int, base: float) -> Decoder:
+def llama31(size: Literal["8B", "70B", "405B"] = "8B", vocab: int = 128256) -> Decoder:
+    """The config of a Llama 3.1 model (Llama 3 on 131,072 tokens); raises InputError for an unknown size."""
+    return _llama("Llama 3.1", LLAMA31, size, vocab, base=500_000.0, scaling=Llama3(factor=8.0))
+
+
+def llama32(size: Literal["1B", "3B"] = "1B", vocab: int = 128256) -> Decoder:
+    """The config of a Llama 3.2 text model, its head tied; raises InputError for an unknown size."""
+    config = _llama("Llama 3.2", LLAMA32, size, vocab, base=500_000.0, scaling=Llama3(factor=32.0))
+    return replace(config, tied=True)
+
+
+def _llama(
+    name: str, sizes: dict[str, Shape], size: str, vocab: int, base: float, scaling: Llama3 | None = None
+) -> Decoder:
     if size not in sizes:
         raise InputError(f"unknown {name} size {size!r}: use {', '.join(sizes)}")
     layers, d_model, heads, kv_heads, d_ff, eps = sizes[size]
     block = Block(
-        mixer=Attention(heads=heads, kv_heads=kv_heads, rope=Rope(base=base)),
+        mixer=Attention(heads=heads, kv_heads=kv_heads, rope=Rope(base=base, scaling=scaling)),
         mlp=GLU(d_ff=d_ff, activation="silu"),
         norm=RMSNorm(eps=eps),
     )
@@ -74,135 +103,193 @@ def _llama(name: str, sizes: dict[str, Shape], size: str, vocab: int, base: floa
     )
 
 
+NORMS = {"mixer_norm": "input_layernorm", "mlp_norm": "post_attention_layernorm"}
+"""norms of a block: our name, their name"""
+
+
 def from_hf_config(theirs: Mapping[str, Any]) -> Decoder:
-    """Our config of a `llama` config.json; raises InputError for ill-typed values and for scaled rotary positions."""
-    norm = RMSNorm(eps=mapping.setting(theirs, "rms_norm_eps", 1e-6))
-    heads, d_model = mapping.setting(theirs, "num_attention_heads", 32), mapping.setting(theirs, "hidden_size", 4096)
-    bias = mapping.setting(theirs, "attention_bias", False)
-    block = Block(
-        mixer=Attention(
-            heads=heads,
-            kv_heads=mapping.setting(theirs, "num_key_value_heads", heads),
-            head_dim=mapping.setting(theirs, "head_dim", d_model // max(heads, 1)),
-            rope=Rope(base=_rope_base(theirs)),
-            bias=bias,
-            out_bias=bias,
-        ),
-        mlp=GLU(
-            d_ff=mapping.setting(theirs, "intermediate_size", 11008),
-            activation=mapping.activation_of(theirs, "hidden_act", "silu"),
-            bias=mapping.setting(theirs, "mlp_bias", False),
-        ),
-        norm=norm,
-    )
+    """Our config of a `llama` config.json; raises InputError for ill-typed values and unknown rotary scaling."""
+    mixer = attention_of(theirs, rope=rope_of(theirs))
+    return decoder_of(theirs, Block(mixer=mixer, mlp=glu_of(theirs), norm=rms_norm_of(theirs)))
+
+
+def attention_of(theirs: Mapping[str, Any], **own: Any) -> Attention:
+    """Our attention of a config.json with LLaMA's keys; `own` are fields that the family has in another way."""
+    heads, d_model = setting(theirs, "num_attention_heads", 32), setting(theirs, "hidden_size", 4096)
+    bias = setting(theirs, "attention_bias", False)
+    usual: dict[str, Any] = {
+        "heads": heads,
+        "kv_heads": setting(theirs, "num_key_value_heads", heads),
+        "head_dim": setting(theirs, "head_dim", d_model // max(heads, 1)),
+        "bias": bias,
+        "out_bias": bias,
+    }
+    return Attention(**(usual | own))
+
+
+def glu_of(theirs: Mapping[str, Any], key: str = "hidden_act", usual: str = "silu") -> GLU:
+    """Our gated layer, its activation standing under `key`."""
+    d_ff, bias = setting(theirs, "intermediate_size", 11008), setting(theirs, "mlp_bias", False)
+    return GLU(d_ff=d_ff, activation=activation_of(theirs, key, usual), bias=bias)
+
+
+def mask_of(window: int | None) -> AttentionMask:
+    """All of the past, or the last `window` tokens of it."""
+    return Full() if window is None else Window(window)
+
+
+def window_of(config: Decoder) -> int | None:
+    """Tokens that the layers of local attention see; None where there is no such layer."""
+    masks = [getattr(block.mixer, "mask", None) for block in config.pattern]
+    return next((mask.size for mask in masks if isinstance(mask, Window)), None)
+
+
+def attending(block: Block, **fields: Any) -> Block:
+    """The block with other fields of its attention."""
+    mixer: Any = block.mixer
+    return replace(block, mixer=replace(mixer, **fields))
+
+
+def kind_of(block: Block) -> str:
+    """What `layer_types` calls a layer's attention."""
+    return "sliding_attention" if isinstance(getattr(block.mixer, "mask", None), Window) else "full_attention"
+
+
+def rms_norm_of(theirs: Mapping[str, Any], zero_centred: bool = False) -> RMSNorm:
+    """Our norm."""
+    return RMSNorm(eps=setting(theirs, "rms_norm_eps", 1e-6), zero_centred=zero_centred)
+
+
+def decoder_of(theirs: Mapping[str, Any], *pattern: Block, tied: bool = False, **own: Any) -> Decoder:
+    """Our model of these blocks, checked; `tied` where the file does not say, `own` are further fields."""
     config = Decoder(
-        vocab=mapping.setting(theirs, "vocab_size", 32000),
-        d_model=d_model,
-        layers=mapping.setting(theirs, "num_hidden_layers", 32),
-        pattern=(block,),
-        norm=norm,
-        tied=mapping.setting(theirs, "tie_word_embeddings", False),
-        initializer=LlamaInit(std=mapping.setting(theirs, "initializer_range", 0.02)),
+        vocab=setting(theirs, "vocab_size", 32000),
+        d_model=setting(theirs, "hidden_size", 4096),
+        layers=setting(theirs, "num_hidden_layers", 32),
+        pattern=pattern,
+        norm=pattern[0].norm,
+        tied=setting(theirs, "tie_word_embeddings", tied),
+        initializer=LlamaInit(std=setting(theirs, "initializer_range", 0.02)),
+        **own,
     )
-    return mapping.checked(config)
+    return checked(config)
 
 
-def _rope_base(theirs: Mapping[str, Any]) -> float:
-    """The wavelength base; it stands in `rope_parameters` since transformers 5, in `rope_theta` before."""
-    rope: dict[str, Any] = {}
-    for key in ("rope_scaling", "rope_parameters"):
-        value = theirs.get(key) or {}
-        if not isinstance(value, Mapping):
-            raise InputError(f"config.json: {key}={value!r}: expected an object")
-        rope |= value
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind != "default":
-        raise InputError(f"config.json: rope_type={kind!r} is not supported: only 'default' (no scaling) is")
-    return mapping.setting(rope, "rope_theta", mapping.setting(theirs, "rope_theta", 10_000.0))
-
-
-def to_hf_config(config: Decoder) -> dict[str, Any]:
+def to_hf_config(config: Decoder) -> Their:
     """The `llama` config.json of our config; raises InputError where LLaMA cannot say what it holds."""
-    block, mixer, mlp = mapping.parts(config, "llama", GLU)
-    heads, kv_heads, head_dim = mixer.sizes(config.d_model)
-    base = mixer.rope.base if mixer.rope else 10_000.0
-    theirs = {
-        "model_type": "llama",
-        "architectures": [FAMILY.architecture],
+    _, mixer, mlp = first(config, "llama", Attention, GLU)
+    theirs = settings_of(config, FAMILY) | {"attention_bias": mixer.bias, "mlp_bias": mlp.bias}
+    return expressible(config, theirs, "llama", from_hf_config)
+
+
+def settings_of(config: Decoder, family: Family) -> Their:
+    """The keys that LLaMA's config.json and its likes have, from the first block."""
+    block, mixer, mlp = first(config, family.model_type, Attention, GLU)
+    return {
+        "model_type": family.model_type,
+        "architectures": [family.architecture],
         "vocab_size": config.vocab,
         "hidden_size": config.d_model,
         "num_hidden_layers": config.layers,
-        "num_attention_heads": heads,
-        "num_key_value_heads": kv_heads,
-        "head_dim": head_dim,
+        "num_attention_heads": mixer.heads,
+        "num_key_value_heads": mixer.kv_heads,
+        "head_dim": mixer.head_dim,
         "intermediate_size": mlp.d_ff,
-        "hidden_act": mapping.activation_name(mlp.activation),
+        "hidden_act": activation_name(mlp.activation),
         "rms_norm_eps": getattr(block.norm, "eps", 1e-6),
-        "attention_bias": mixer.bias,
-        "mlp_bias": mlp.bias,
         "tie_word_embeddings": config.tied,
-        "rope_theta": base,
-        "rope_parameters": {"rope_type": "default", "rope_theta": base},
+        **rope_settings(mixer.rope),
         "bos_token_id": None,
         "eos_token_id": None,
     }
-    return mapping.expressible(config, theirs, FAMILY)
 
 
-def table(config: Decoder) -> tuple[Entry, ...]:
-    """Linear kernels are [outputs, inputs]; queries and keys pair feature i with i + head_dim / 2.
+def table(config: Decoder, norms: Mapping[str, str] = NORMS) -> tuple[Entry, ...]:
+    """The tensors of a LLaMA, or of a model that names them so."""
+    return whole(config, [*attention_table(config), *glu_table(config), *norm_table(norms)])
+
+
+def whole(config: Decoder, block: list[Entry]) -> tuple[Entry, ...]:
+    """The tensors of a model, from those of a block."""
+    return (*outside(config), *(entry.at("blocks/*/", "model.layers.{i}.") for entry in block))
+
+
+def outside(config: Decoder) -> list[Entry]:
+    """Tensors that belong to no layer."""
+    return [
+        Entry(("embed/embedding",), "model.embed_tokens.weight", "v d -> v d"),
+        Entry(("norm/scale",), "model.norm.weight", "d -> d"),
+        *([] if config.tied else [Entry(("head/kernel",), "lm_head.weight", "v d -> d v")]),
+    ]
+
+
+def norm_table(norms: Mapping[str, str]) -> list[Entry]:
+    """Norms of a block."""
+    return [Entry((f"{ours}/scale",), f"{theirs}.weight", "d -> d") for ours, theirs in norms.items()]
+
+
+def attention_table(config: Decoder) -> list[Entry]:
+    """Projections of attention: kernels are [outputs, inputs]; queries and keys pair feature i with i + head_dim / 2.
 
     Where our config pairs neighbours (as the LLaMA paper's own code does), those features are put side by side.
     """
-    _, mixer, mlp = mapping.parts(config, "llama", GLU)
-    rope = config.pattern[0].mixer.rope if isinstance(config.pattern[0].mixer, Attention) else None
-    turned = ("(h two p)", "h (p two)") if rope and rope.layout == "interleaved" else ("(h k)", "h k")
-    layer = "model.layers.{i}."
-    projections: list[Entry] = []
-    for ours, theirs, (flat, split) in (
-        ("query", "q_proj", turned),
-        ("key", "k_proj", turned),
-        ("value", "v_proj", ("(h k)", "h k")),
+    mixer: Any = config.pattern[0].mixer
+    flat, split, sizes = turned(config)
+    if sizes and mixer.qk_norm is not None:
+        raise InputError("pattern: rope.layout cannot be changed beside qk_norm: its scales are by feature")
+    found: list[Entry] = []
+    for ours, theirs, left, right, known in (
+        ("query", "q_proj", flat, split, sizes),
+        ("key", "k_proj", flat, split, sizes),
+        ("value", "v_proj", "(h k)", "h k", ()),
     ):
-        name = f"{layer}self_attn.{theirs}."
-        projections.append(Entry((f"mixer/{ours}/kernel",), name + "weight", f"{flat} d -> d {split}"))
+        found.append(Entry((f"mixer/{ours}/kernel",), f"self_attn.{theirs}.weight", f"{left} d -> d {right}", known))
         if mixer.bias:
-            projections.append(Entry((f"mixer/{ours}/bias",), name + "bias", f"{flat} -> {split}"))
-    projections.append(Entry(("mixer/out/kernel",), layer + "self_attn.o_proj.weight", "d (h k) -> h k d"))
+            found.append(Entry((f"mixer/{ours}/bias",), f"self_attn.{theirs}.bias", f"{left} -> {right}", known))
+        if mixer.qk_norm is not None and ours != "value":
+            found.append(Entry((f"mixer/{ours}_norm/scale",), f"self_attn.{theirs[0]}_norm.weight", "k -> k"))
+    found.append(Entry(("mixer/out/kernel",), "self_attn.o_proj.weight", "d (h k) -> h k d"))
     if mixer.out_bias:
-        projections.append(Entry(("mixer/out/bias",), layer + "self_attn.o_proj.bias", "d -> d"))
-    for name in ("gate", "up", "down"):
-        projections.append(Entry((f"mlp/{name}/kernel",), f"{layer}mlp.{name}_proj.weight", "o i -> i o"))
-        if mlp.bias:
-            projections.append(Entry((f"mlp/{name}/bias",), f"{layer}mlp.{name}_proj.bias", "o -> o"))
-    head = () if config.tied else (Entry(("head/kernel",), "lm_head.weight", "v d -> d v"),)
-    return (
-        Entry(("embed/embedding",), "model.embed_tokens.weight", "v d -> v d"),
-        *projections,
-        Entry(("mixer_norm/scale",), layer + "input_layernorm.weight", "d -> d"),
-        Entry(("mlp_norm/scale",), layer + "post_attention_layernorm.weight", "d -> d"),
-        Entry(("norm/scale",), "model.norm.weight", "d -> d"),
-        *head,
-    )
+        found.append(Entry(("mixer/out/bias",), "self_attn.o_proj.bias", "d -> d"))
+    return found
 
 
-def import_weights(tensors: Tensors, config: Decoder) -> Params:
-    """Float32 parameters from transformers' tensors; see `llmjax.models.mapping.import_weights`."""
-    return mapping.import_weights(tensors, config, FAMILY)
+def require_layout(config: Decoder, layout: str) -> None:
+    """Raise InputError where our config pairs other features than theirs does, and fused tensors cannot undo it."""
+    for i, block in enumerate(config.pattern):
+        rope = getattr(block.mixer, "rope", None)
+        if rope is not None and rope.layout != layout:
+            raise InputError(f"pattern.{i}.mixer.rope.layout={rope.layout} cannot be undone here: use {layout}")
 
 
-def export_weights(params: Params, config: Decoder) -> dict[str, np.ndarray]:
-    """transformers' tensors from parameters; see `llmjax.models.mapping.export_weights`."""
-    return mapping.export_weights(params, config, FAMILY)
+def turned(config: Decoder, native: str = "half") -> tuple[str, str, tuple[tuple[str, int], ...]]:
+    """Axes of a head's queries and keys in theirs and in ours, and their sizes, theirs having planes as in `native`."""
+    mixers: list[Any] = [block.mixer for block in config.pattern]
+    layouts = {mixer.rope.layout for mixer in mixers if mixer.rope is not None}
+    if len(layouts) > 1:
+        raise InputError("pattern: rope.layout differs between blocks: give all of them one")
+    if not layouts or layouts == {native}:
+        return "(h k)", "h k", ()
+    two = (("two", 2),)
+    return ("(h two p)", "h (p two)", two) if native == "half" else ("(h p two)", "h (two p)", two)
 
+
+def glu_table(config: Decoder) -> list[Entry]:
+    """Projections of a gated layer."""
+    mlp: Any = config.pattern[0].mlp
+    found = [Entry((f"mlp/{n}/kernel",), f"mlp.{n}_proj.weight", "o i -> i o") for n in ("gate", "up", "down")]
+    biases = [Entry((f"mlp/{n}/bias",), f"mlp.{n}_proj.bias", "o -> o") for n in ("gate", "up", "down")]
+    return found + biases if mlp.bias else found
+
+
+TIED = {"lm_head.weight": "model.embed_tokens.weight"}
 
 FAMILY = Family(
     model_type="llama",
     architecture="LlamaForCausalLM",
     prefix="model.",
-    ignored=r"rotary_emb\.inv_freq$",
-    extra=("bos_token_id", "eos_token_id", "pad_token_id", "max_position_embeddings"),
     from_hf_config=from_hf_config,
     to_hf_config=to_hf_config,
     table=table,
+    copies=TIED,
 )

@@ -1,68 +1,162 @@
-"""What turns another library's tensors into our parameter trees and back: a table of names and einops patterns."""
+"""What turns another library's tensors into our parameter trees and back: a table of names and patterns of axes.
 
+One reader and one writer serve all families: `import_weights` fills the local shards of our stacked parameters straight
+from views of the files, `exported` hands out their tensors one at a time.
+"""
+
+import functools
+import itertools
+import math
+import mmap
+import os
 import re
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
-from typing import Any, TypeVar
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple
 
-import einops
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax.traverse_util import flatten_dict, unflatten_dict
 
-from llmjax.config import InputError, diff, validate
-from llmjax.nn.attention import Attention
-from llmjax.nn.block import Block
-from llmjax.nn.decoder import Decoder
-from llmjax.nn.mlp import GLU, MLP, Activation, FeedForward
-from llmjax.nn.model import Params
+from llmjax.config import InputError
+from llmjax.nn.model import Model, Params, flat, unflat
 
 Tensors = Mapping[str, np.ndarray]
-Kind = TypeVar("Kind", int, float, bool, str)
+Shape = tuple[int, ...]
+Places = dict[str, Shape]
 
-ACTIVATIONS: dict[str, Activation] = {
-    "gelu_new": "gelu_tanh",
-    "gelu_pytorch_tanh": "gelu_tanh",
-    "gelu_fast": "gelu_tanh",
-    "gelu": "gelu",
-    "quick_gelu": "gelu_quick",
-    "relu": "relu",
-    "relu2": "relu2",
-    "silu": "silu",
-    "swish": "silu",
-}
-"""transformers' names of activations; where several mean the same function, the first is written."""
+TILE = (256, 512)
+"""rows and columns that are transposed at a time: what a core's cache holds"""
+LARGE = 2**21
+"""bytes of a large page"""
 
 
 @dataclass(frozen=True)
 class Entry:
-    """One tensor of theirs and the parameters of ours that it holds."""
+    """One tensor of theirs and the parameters of ours that it holds, the whole of each.
+
+    `pattern` is einops' notation from theirs to ours of one layer (and one expert), `(h k) d -> d h k`. Where theirs
+    holds several of ours, brackets stand around the axes along which these are joined: `[h k] d -> d h k` for one
+    after another, `(h [k]) d -> d h k` for one after another within each head. Their lengths may differ.
+    """
 
     paths: tuple[str, ...]
-    """our parameters, within a block where `name` has a layer; several where theirs are fused"""
+    """our parameters, `blocks/*/mixer/query/kernel`; `*` are all places of a pattern, a number is one of them"""
     name: str
-    """their tensor; `{i}` is the layer"""
+    """their tensor; `{i}` is the layer of the stack that `paths` are in, `{r}` the repeat of its pattern (where theirs
+    counts a pattern as one layer), `{e}` the expert"""
     pattern: str
-    """einops from theirs to ours of one layer; fused tensors put the axis `n` of `paths` first"""
+    """axes of theirs, and of ours without those of layers and, where the name has one, of experts"""
+    sizes: tuple[tuple[str, int], ...] = ()
+    """lengths of axes that our shape does not tell"""
 
-    def sizes(self, head_dim: int) -> dict[str, int]:
-        """Lengths of axes that a shape alone does not tell: n, k (head_dim), p (planes of a head) and two."""
-        known = {"n": len(self.paths), "k": head_dim, "p": head_dim // 2, "two": 2}
-        words = re.findall(r"\w+", self.pattern)
-        return {axis: size for axis, size in known.items() if axis in words}
+    def at(self, ours: str, theirs: str) -> "Entry":
+        """The same, below another path of ours and with a longer name."""
+        return replace(self, paths=tuple(ours + path for path in self.paths), name=theirs + self.name)
 
-    def read(self, theirs: np.ndarray, head_dim: int) -> list[np.ndarray]:
-        """Our parameters, one a path."""
-        ours = einops.rearrange(theirs, self.pattern, **self.sizes(head_dim))
-        return [ours] if len(self.paths) == 1 else list(ours)
+    def read(self, theirs: np.ndarray, shapes: Sequence[Shape]) -> list[np.ndarray]:
+        """Our parameters of these shapes, one a path: views wherever numpy can make them."""
+        form = layout(self.pattern)
+        lengths = [axis_lengths(form, shape, self.sizes) for shape in shapes]
+        joined = [math.prod(known[axis] for axis in form.joined) for known in lengths]
+        whole = theirs.reshape([*_lengths(form.before, lengths[0]), sum(joined), *_lengths(form.after, lengths[0])])
+        parts = np.split(whole, list(itertools.accumulate(joined))[:-1], axis=len(form.before))
+        order = [form.theirs.index(axis) for axis in form.ours]
+        return [
+            part.reshape(_lengths(form.theirs, known)).transpose(order).reshape(shape)
+            for part, known, shape in zip(parts, lengths, shapes, strict=True)
+        ]
 
-    def write(self, ours: list[Any]) -> Any:
-        """Their tensor from our parameters, one a path; runs on abstract values too."""
-        left, right = self.pattern.split("->")
-        sizes = {axis: size for axis, size in self.sizes(0).items() if axis == "two"}
-        joined = ours[0] if len(ours) == 1 else (jnp if isinstance(ours[0], jax.Array) else np).stack(ours)
-        return einops.rearrange(joined, f"{right}->{left}", **sizes)
+    def write(self, ours: Sequence[np.ndarray]) -> np.ndarray:
+        """Their tensor from our parameters, one a path: the inverse of `read`."""
+        form = layout(self.pattern)
+        lengths = [axis_lengths(form, part.shape, self.sizes) for part in ours]
+        order = [form.ours.index(axis) for axis in form.theirs]
+        parts = [
+            part.reshape(_lengths(form.ours, known))
+            .transpose(order)
+            .reshape([*_lengths(form.before, known), -1, *_lengths(form.after, known)])
+            for part, known in zip(ours, lengths, strict=True)
+        ]
+        joined = parts[0] if len(parts) == 1 else np.concatenate(parts, axis=len(form.before))
+        return joined.reshape(self.shape([part.shape for part in ours]))
+
+    def shape(self, shapes: Sequence[Shape]) -> Shape:
+        """The shape of their tensor, from ours."""
+        form = layout(self.pattern)
+        lengths = [axis_lengths(form, shape, self.sizes) for shape in shapes]
+        total = sum(math.prod(known[axis] for axis in form.joined) for known in lengths)
+
+        def length(group: tuple[str, ...]) -> int:
+            own = math.prod(lengths[0][axis] for axis in group if axis not in form.joined)
+            return own * total if form.joined and form.joined[0] in group else own
+
+        return tuple(map(length, form.groups))
+
+
+def moved(entries: Sequence[Entry], old: str, new: str) -> list[Entry]:
+    """The entries, those of their tensors that stand below `old` standing below `new`."""
+    return [replace(e, name=new + e.name.removeprefix(old)) if e.name.startswith(old) else e for e in entries]
+
+
+class Layout(NamedTuple):
+    """A pattern, read."""
+
+    groups: tuple[tuple[str, ...], ...]
+    """axes that make up each dimension of theirs"""
+    before: tuple[str, ...]
+    """their axes outside of those that are joined"""
+    joined: tuple[str, ...]
+    """axes along which several of ours are joined in theirs"""
+    after: tuple[str, ...]
+    """their axes inside of those that are joined"""
+    ours: tuple[str, ...]
+    """our axes"""
+    merged: tuple[tuple[str, ...], ...]
+    """axes that make up each dimension of ours"""
+
+    @property
+    def theirs(self) -> tuple[str, ...]:
+        """All axes of theirs."""
+        return self.before + self.joined + self.after
+
+
+@functools.cache
+def layout(pattern: str) -> Layout:
+    """A pattern, read; `1` is an axis that the other side lacks. Raises ValueError where the two sides differ."""
+    left, right = (side.strip() for side in pattern.split("->"))
+    bracketed = re.search(r"\[(.*?)\]", left)
+    joined = tuple(bracketed[1].split()) if bracketed else ()
+    if bracketed and not re.search(r"\([^)]*\[", left):
+        left = left.replace("[", "(").replace("]", ")")
+    groups, merged = _groups(re.sub(r"[\[\]]", " ", left)), _groups(right)
+    axes, ours = (tuple(itertools.chain(*side)) for side in (groups, merged))
+    if sorted(axes) != sorted(ours) or len(set(axes)) < len(axes):
+        raise ValueError(f"{pattern!r} has other axes on the one side than on the other")
+    start = axes.index(joined[0]) if joined else len(axes)
+    return Layout(groups, axes[:start], joined, axes[start + len(joined) :], ours, merged)
+
+
+def _groups(side: str) -> tuple[tuple[str, ...], ...]:
+    words = re.findall(r"\([^)]*\)|\S+", side)
+    return tuple(tuple(axis for axis in word.strip("()").split() if axis != "1") for word in words)
+
+
+def axis_lengths(form: Layout, shape: Shape, sizes: Sequence[tuple[str, int]]) -> dict[str, int]:
+    """The length of every axis, from the shape of a parameter of ours; ValueError where one is left open."""
+    known = {axis: size for axis, size in sizes if axis in form.ours}
+    for group, size in zip(form.merged, shape, strict=True):
+        unknown = [axis for axis in group if axis not in known]
+        if len(unknown) > 1:
+            raise ValueError(f"the lengths of the axes {', '.join(unknown)} are not told")
+        if unknown:
+            known[unknown[0]] = size // math.prod(known[axis] for axis in group if axis in known)
+    return known
+
+
+def _lengths(axes: tuple[str, ...], known: dict[str, int]) -> list[int]:
+    return [known[axis] for axis in axes]
 
 
 @dataclass(frozen=True)
@@ -75,53 +169,139 @@ class Family:
     """class that transformers loads it with"""
     prefix: str
     """start of the names of all tensors but the head; headless checkpoints are saved without it"""
-    ignored: str
-    """regular expression of tensors that hold no weights (masks, rotary tables of old versions)"""
-    extra: tuple[str, ...]
-    """keys of config.json that our config does not hold and a caller may add"""
-    from_hf_config: Callable[[Mapping[str, Any]], Decoder]
-    """our config from theirs"""
-    to_hf_config: Callable[[Decoder], dict[str, Any]]
+    from_hf_config: Callable[[Mapping[str, Any]], Any]
+    """our model's config from theirs"""
+    to_hf_config: Callable[[Any], dict[str, Any]]
     """their config from ours; raises InputError for what it cannot say"""
-    table: Callable[[Decoder], tuple[Entry, ...]]
+    table: Callable[[Any], tuple[Entry, ...]]
     """the tensors of a model of that config"""
+    ignored: str = r"rotary_emb\.inv_freq$"
+    """regular expression of tensors that hold no weights (masks, rotary tables of old versions)"""
+    copies: Mapping[str, str] = field(default_factory=dict)
+    """tensors that may repeat another one, where a model ties them"""
+    renamed: Mapping[str, str] = field(default_factory=dict)
+    """regular expressions of what other versions write in names, and what the table calls it"""
+    extra: tuple[str, ...] = ("bos_token_id", "eos_token_id", "pad_token_id", "max_position_embeddings")
+    """keys of config.json that our config does not hold and a caller may add"""
 
 
-def import_weights(tensors: Tensors, config: Decoder, family: Family) -> Params:
-    """Float32 host arrays in our layout, stacked over layers, from transformers' names and layouts.
+class Row(NamedTuple):
+    """One tensor of theirs in one model."""
 
-    `tensors` may be lazy: each is read once. Raises InputError for a missing, unexpected, misshapen or non-float
-    tensor, for a separate head where the config ties it, and for a config that the family cannot express.
+    name: str
+    entry: Entry
+    paths: tuple[str, ...]
+    """our full paths"""
+    place: Shape
+    """where in our stacked parameters: (), (repeat,), (repeat, expert) or (expert,)"""
+
+
+def import_weights(tensors: Tensors, config: Model, family: Family, abstract: Params | None = None) -> Params:
+    """Our parameters, stacked over layers, from transformers' names and layouts.
+
+    Of the dtypes that `abstract` (shape structs) says, float32 without it. Host arrays where the structs have no
+    sharding; else arrays on their devices, for which a host reads what its own devices hold. `tensors` are views of
+    files: beside the parameters themselves there is at most one of them (of all layers) in memory. Raises InputError
+    for a missing, unexpected, misshapen or non-float tensor, for a separate head where the config ties it, and for a
+    config that the family cannot express.
     """
     family.to_hf_config(config)
-    found = {_full_name(name, tensors, family): name for name in tensors}
-    rows, expected = list(_rows(config, family)), shapes(config, family)
-    missing = [name for name, *_ in rows if name not in found]
-    if missing:
-        raise InputError(f"tensor {missing[0]} is missing ({len(missing)} of {len(rows)} are)")
-    _check_unexpected(found, {name for name, *_ in rows}, config, tensors, family)
-    ours = {path: np.empty(shape, np.float32) for path, shape in _our_shapes(config).items()}
-    for name, entry, paths, repeat in rows:
-        theirs = tensors[found[name]]
-        if tuple(theirs.shape) != expected[name]:
-            raise InputError(
-                f"tensor {name} has shape {list(theirs.shape)}: the config asks for {list(expected[name])}"
-            )
-        if not jnp.issubdtype(theirs.dtype, jnp.floating):
-            raise InputError(f"tensor {name} is of {theirs.dtype}: only floating-point weights are read")
-        for path, value in zip(paths, entry.read(theirs, _head_dim(config)), strict=True):
-            ours[path][... if repeat is None else repeat] = value
-    return unflatten_dict(ours, sep="/")
+    ours = our_shapes(config)
+    table = rows(config, family)
+    found = _found(tensors, table, family, ours)
+    wanted = flat(config.abstract() if abstract is None else abstract)
+    made: dict[str, Any] = {}
+    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+        for _, group in itertools.groupby(table, key=lambda row: id(row.entry)):
+            own = list(group)
+            paths = dict.fromkeys(path for row in own for path in row.paths)
+            parts = {path: Parts(ours[path], wanted[path].sharding, np.dtype(wanted[path].dtype)) for path in paths}
+
+            def fill(row: Row, parts: "dict[str, Parts]" = parts) -> None:
+                shapes = [ours[path][len(row.place) :] for path in row.paths]
+                for path, value in zip(row.paths, row.entry.read(tensors[found[row.name]], shapes), strict=True):
+                    parts[path].fill(row.place, value)
+
+            list(pool.map(fill, own))
+            made |= {path: part.array() for path, part in parts.items()}
+    return unflat(made)
 
 
-def export_weights(params: Params, config: Decoder, family: Family) -> dict[str, np.ndarray]:
+class Parts:
+    """A parameter while it is read: a host buffer for each part of it that a device of this process holds."""
+
+    def __init__(self, shape: Shape, sharding: jax.sharding.Sharding | None, dtype: np.dtype[Any]) -> None:
+        """Empty buffers."""
+        self.shape, self.sharding = shape, sharding
+        indices = [None] if sharding is None else sharding.addressable_devices_indices_map(shape).values()
+        bounds = {self.bounds(index) for index in indices}
+        self.buffers = {bound: empty(tuple(b - a for a, b in bound), dtype) for bound in bounds}
+
+    def bounds(self, index: tuple[slice, ...] | None) -> tuple[tuple[int, int], ...]:
+        """First index and end along every axis; None is the whole."""
+        slices = (slice(None),) * len(self.shape) if index is None else index
+        return tuple(s.indices(n)[:2] for s, n in zip(slices, self.shape, strict=True))
+
+    def fill(self, place: Shape, value: np.ndarray) -> None:
+        """Copy what the buffers hold of `value`, which stands at `place` along the leading axes."""
+        for bound, buffer in self.buffers.items():
+            if all(a <= i < b for i, (a, b) in zip(place, bound, strict=False)):
+                own: tuple[Any, ...] = tuple(i - a for i, (a, _) in zip(place, bound, strict=False))
+                copy(buffer[(*own, ...)], value[tuple(slice(a, b) for a, b in bound[len(place) :])])
+
+    def array(self) -> Any:
+        """The array, on its devices where it has a sharding."""
+        if self.sharding is None:
+            return next(iter(self.buffers.values()))
+        return jax.make_array_from_callback(self.shape, self.sharding, lambda index: self.buffers[self.bounds(index)])
+
+
+def empty(shape: Shape, dtype: np.dtype[Any]) -> np.ndarray:
+    """An uninitialised array; a large one lies on large pages, at an address that jax on CPU takes over uncopied."""
+    size = math.prod(shape) * dtype.itemsize
+    if size < LARGE or not hasattr(mmap, "MADV_HUGEPAGE"):
+        return np.empty(shape, dtype)
+    memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    memory.madvise(mmap.MADV_HUGEPAGE)
+    return np.frombuffer(memory, dtype).reshape(shape)
+
+
+def copy(target: np.ndarray, source: np.ndarray) -> None:
+    """target = source, cast in the order in which the source lies in memory, then transposed, tile by tile."""
+    target, source = target.squeeze(), source.squeeze()
+    order = sorted(range(source.ndim), key=lambda axis: -abs(source.strides[axis]))
+    if order == list(range(source.ndim)):
+        target[...] = source
+        return
+    outer, inner = order[0], order[-1]
+    slabs = np.moveaxis(target, outer, 0), np.moveaxis(source, outer, 0)
+    rows = source.size // (source.shape[outer] * source.shape[inner])
+    if rows >= TILE[0]:
+        for part, whole in zip(*slabs, strict=True):
+            copy(part, whole)
+        return
+    for i, j in itertools.product(
+        range(0, source.shape[outer], TILE[0] // rows), range(0, source.shape[inner], TILE[1])
+    ):
+        tile = [slice(None)] * source.ndim
+        tile[outer], tile[inner] = slice(i, i + TILE[0] // rows), slice(j, j + TILE[1])
+        straight = source[tuple(tile)].transpose(order).astype(target.dtype)
+        target[tuple(tile)] = straight.transpose(np.argsort(order))
+
+
+def export_weights(params: Params, config: Model, family: Family) -> dict[str, np.ndarray]:
     """Host arrays under transformers' names and in its layouts, dtypes kept: the inverse of `import_weights`.
 
     Any tree shaped like the parameters will do (gradients, moments). Raises InputError where the tree does not have the
     config's paths and shapes, and for a config that the family cannot express.
     """
+    return {name: np.asarray(array, order="C") for name, array in exported(params, config, family)}
+
+
+def exported(params: Params, config: Model, family: Family) -> Iterator[tuple[str, np.ndarray]]:
+    """`export_weights` one tensor at a time, in the order of `shapes`."""
     family.to_hf_config(config)
-    ours, expected = flatten_dict(params, sep="/"), _our_shapes(config)
+    ours, expected = flat(params), our_shapes(config)
     for path in sorted(expected.keys() | ours.keys()):
         if path not in ours:
             raise InputError(f"parameter {path} is missing")
@@ -131,151 +311,98 @@ def export_weights(params: Params, config: Decoder, family: Family) -> dict[str,
             raise InputError(
                 f"parameter {path} has shape {list(ours[path].shape)}: the config asks for {list(expected[path])}"
             )
-    host = {path: np.asarray(value) for path, value in ours.items()}
-    return {
-        name: np.ascontiguousarray(
-            entry.write([host[path] if repeat is None else host[path][repeat] for path in paths])
-        )
-        for name, entry, paths, repeat in _rows(config, family)
-    }
-
-
-def shapes(config: Decoder, family: Family) -> dict[str, tuple[int, ...]]:
-    """The shape of each of transformers' tensors of a model of that config; no memory is used."""
-    ours, found, known = _our_shapes(config), {}, {}
-    for name, entry, paths, repeat in _rows(config, family):
-        key = (entry, *(ours[path] for path in paths))
-        if key not in known:
-            abstract = [jax.ShapeDtypeStruct(ours[path][0 if repeat is None else 1 :], jnp.float32) for path in paths]
-            known[key] = jax.eval_shape(lambda *leaves, entry=entry: entry.write(list(leaves)), *abstract).shape
-        found[name] = known[key]
-    return found
-
-
-def expressible(config: Decoder, theirs: Mapping[str, Any], family: Family) -> dict[str, Any]:
-    """`theirs`, once reading it back gives a model that computes what `config` does; else InputError."""
-    lost = diff(canonical(config), canonical(family.from_hf_config(theirs)))
-    if lost:
-        path, value, other = lost[0]
-        raise InputError(f"{path}={value} cannot be said in a {family.model_type} config.json (it would read {other})")
-    return dict(theirs)
-
-
-def canonical(config: Decoder) -> Decoder:
-    """The config with defaults filled in, equal blocks merged, and without what no evaluation depends on.
-
-    Left out are initialisation, dropout, rematerialisation, unrolling, kernel choice and the rotary layout (which the
-    tables undo in the weights).
-    """
-    blocks = tuple(_canonical_block(block, config.d_model) for block in config.pattern)
-    same = blocks[:1] if all(block == blocks[0] for block in blocks) else blocks
-    plain = Decoder()
-    return replace(
-        config,
-        pattern=same,
-        dropout=0.0,
-        initializer=plain.initializer,
-        remat=plain.remat,
-        unroll=plain.unroll,
+        if not isinstance(ours[path], np.ndarray | jax.Array):
+            raise InputError(f"parameter {path} is kept as {type(ours[path]).__name__}: make it dense, then export it")
+    return (
+        (row.name, row.entry.write([np.asarray(ours[path][row.place]) for path in row.paths]))
+        for row in rows(config, family)
     )
 
 
-def _canonical_block(block: Block, d_model: int) -> Block:
-    mixer, mlp = block.mixer, block.mlp
-    if isinstance(mixer, Attention):
-        heads, kv_heads, head_dim = mixer.sizes(d_model)
-        rope = mixer.rope and replace(mixer.rope, layout="half")
-        mixer = replace(mixer, heads=heads, kv_heads=kv_heads, head_dim=head_dim, rope=rope, implementation=None)
-    if isinstance(mlp, GLU):
-        mlp = replace(mlp, d_ff=mlp.width(d_model))
-    elif isinstance(mlp, MLP):
-        mlp = replace(mlp, d_ff=mlp.d_ff or 4 * d_model)
-    return replace(block, mixer=mixer, mlp=mlp, dropout=0.0)
+def shapes(config: Model, family: Family) -> dict[str, Shape]:
+    """The shape of each of transformers' tensors of a model of that config; no memory is used."""
+    ours = our_shapes(config)
+    return {row.name: their_shape(row, ours) for row in rows(config, family)}
 
 
-def parts(config: Decoder, model_type: str, mlp: type[FeedForward]) -> tuple[Block, Attention, Any]:
-    """The first block of a canonical config, its attention and its feed-forward layer, which must be an `mlp`."""
-    block = canonical(config).pattern[0]
-    if not isinstance(block.mixer, Attention):
-        raise InputError(
-            f"{type(block.mixer).__name__} cannot be said in a {model_type} config.json: it has Attention only"
-        )
-    if not isinstance(block.mlp, mlp):
-        raise InputError(
-            f"{type(block.mlp).__name__} cannot be said in a {model_type} config.json: it has {mlp.__name__}"
-        )
-    return block, block.mixer, block.mlp
+def their_shape(row: Row, ours: Places) -> Shape:
+    """The shape of their tensor."""
+    return row.entry.shape([ours[path][len(row.place) :] for path in row.paths])
 
 
-def setting(theirs: Mapping[str, Any], key: str, default: Kind) -> Kind:
-    """The value of `key` in a config.json, null and absent meaning `default`; InputError where it has another type."""
-    value = theirs.get(key)
-    if value is None:
-        return default
-    kind = type(default)
-    if kind is float and type(value) is int:
-        return kind(value)
-    if type(value) is not kind:
-        raise InputError(f"config.json: {key}={value!r}: expected {kind.__name__}")
-    return value
+def rows(config: Model, family: Family) -> list[Row]:
+    """Every tensor of theirs, those of one entry side by side."""
+    ours = our_shapes(config)
+    return [row for entry in family.table(config) for row in _rows(entry, ours)]
 
 
-def activation_of(theirs: Mapping[str, Any], key: str, default: str) -> Activation:
-    """Our name of the activation under `key`."""
-    name = setting(theirs, key, default)
-    if name not in ACTIVATIONS:
-        raise InputError(f"config.json: {key}={name!r} is not supported: {', '.join(ACTIVATIONS)} are")
-    return ACTIVATIONS[name]
+def _rows(entry: Entry, ours: Places) -> Iterator[Row]:
+    """The tensors of one entry: one, or one for each layer and expert."""
+    stack = re.match(r"(.*\bblocks/)(\d+|\*)/", entry.paths[0])
+    places: list[tuple[int, Shape, tuple[str, ...]]] = [(0, (), entry.paths)]
+    if stack:
+        length = len({path[len(stack[1]) :].split("/")[0] for path in ours if path.startswith(stack[1])})
+        chosen = range(length) if stack[2] == "*" else [int(stack[2])]
+        own = {at: tuple(path.replace("blocks/*", f"blocks/{at}") for path in entry.paths) for at in chosen}
+        repeats = range(ours[own[chosen[0]][0]][0])
+        places = [(r * length + at, (r,), own[at]) for r in repeats for at in chosen]
+    for layer, index, paths in places:
+        experts = range(ours[paths[0]][len(index)]) if "{e}" in entry.name else (None,)
+        for e in experts:
+            yield Row(
+                entry.name.format(i=layer, r=next(iter(index), None), e=e),
+                entry,
+                paths,
+                index if e is None else (*index, e),
+            )
 
 
-def activation_name(ours: Activation) -> str:
-    """transformers' name of our activation."""
-    return next(theirs for theirs, name in ACTIVATIONS.items() if name == ours)
+@functools.lru_cache(maxsize=64)
+def our_shapes(config: Model) -> Places:
+    """The shape of every parameter by its path; no memory is used."""
+    return {path: leaf.shape for path, leaf in flat(config.abstract()).items()}
 
 
-def checked(config: Decoder) -> Decoder:
-    """`config`, validated; raises ConfigError where its values contradict each other."""
-    validate(config)
-    return config
+def _found(tensors: Tensors, table: Sequence[Row], family: Family, ours: Places) -> dict[str, str]:
+    """For each tensor that the table asks for its name in the file; InputError where files and table differ."""
+    wanted = {row.name: row for row in table}
+    found = {}
+    for name in tensors:
+        new = table_name(name, family)
+        found[new if new in wanted or family.prefix + new not in wanted else family.prefix + new] = name
+    missing = [name for name in wanted if name not in found]
+    if missing:
+        holds = ", ".join(wanted[missing[0]].paths)
+        raise InputError(f"tensor {missing[0]} is missing ({len(missing)} of {len(wanted)} are): it would hold {holds}")
+    for name in sorted(found.keys() - wanted.keys()):
+        _check_unexpected(name, found, tensors, family)
+    for name, row in wanted.items():
+        theirs, expected = tensors[found[name]], their_shape(row, ours)
+        if theirs.shape != expected:
+            mine = " and ".join(f"{path} {list(ours[path][len(row.place) :])}" for path in row.paths)
+            raise InputError(
+                f"tensor {name} has shape {list(theirs.shape)}: the config asks for {list(expected)}, for {mine}"
+            )
+        if not jnp.issubdtype(theirs.dtype, jnp.floating):
+            raise InputError(f"tensor {name} is of {theirs.dtype}: only floating-point weights are read")
+    return found
 
 
-def _rows(config: Decoder, family: Family) -> Iterator[tuple[str, Entry, list[str], int | None]]:
-    """(their name, entry, our full paths, index in the stack or None) of every tensor of theirs."""
-    length = len(config.pattern)
-    for entry in family.table(config):
-        if "{i}" not in entry.name:
-            yield entry.name, entry, list(entry.paths), None
-            continue
-        for i in range(config.layers):
-            paths = [f"blocks/{i % length}/{path}" for path in entry.paths]
-            yield entry.name.format(i=i), entry, paths, i // length
+def table_name(name: str, family: Family) -> str:
+    """What the family's table calls a tensor that another version may have named."""
+    for old, new in family.renamed.items():
+        name = re.sub(old, new, name)
+    return name
 
 
-def _full_name(name: str, tensors: Tensors, family: Family) -> str:
-    headless = not any(other.startswith(family.prefix) for other in tensors)
-    return family.prefix + name if headless and name != "lm_head.weight" else name
-
-
-def _check_unexpected(
-    found: dict[str, str], wanted: set[str], config: Decoder, tensors: Tensors, family: Family
-) -> None:
-    for name in sorted(found.keys() - wanted):
-        if re.search(family.ignored, name):
-            continue
-        if name == "lm_head.weight" and config.tied:
-            embedding = next(e.name for e in family.table(config) if e.paths == ("embed/embedding",))
-            if np.array_equal(tensors[found[name]], tensors[found[embedding]]):
-                continue
-            raise InputError(f"lm_head.weight differs from {embedding} although the config ties them")
+def _check_unexpected(name: str, found: Mapping[str, str], tensors: Tensors, family: Family) -> None:
+    """Raise InputError for a tensor that nobody asked for, unless it holds no weights or repeats another."""
+    original = family.copies.get(name)
+    if re.search(family.ignored, name):
+        return
+    if original is None or original not in found:
         raise InputError(
             f"tensor {name} is unexpected: a {family.model_type} model of this config has none of that name"
         )
-
-
-def _our_shapes(config: Decoder) -> dict[str, tuple[int, ...]]:
-    return {path: leaf.shape for path, leaf in flatten_dict(config.abstract(), sep="/").items()}
-
-
-def _head_dim(config: Decoder) -> int:
-    mixer = config.pattern[0].mixer
-    return mixer.sizes(config.d_model)[2] if isinstance(mixer, Attention) else 0
+    if not np.array_equal(tensors[found[name]], tensors[found[original]]):
+        raise InputError(f"{name} differs from {original} although the config ties them")

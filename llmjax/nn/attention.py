@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Literal
 
 import flax.linen as nn
 import jax
@@ -39,6 +40,8 @@ class Attention(Mixer):
     """rotary positions; None where positions are absolute, absent, or a bias by distance"""
     qk_norm: Norm | None = None
     """normalisation of queries and keys over head_dim (Henry et al. 2020, 2010.04245)"""
+    qk_norm_over: Literal["head", "all"] = "head"
+    """features that are normalised together: those of a head, or those of all heads (OLMo 2, 2501.00656)"""
     soft_cap: float | None = None
     """scores become cap tanh(score / cap) (Gemma 2, 2408.00118)"""
     scale: float | None = None
@@ -155,10 +158,18 @@ class AttentionModule(nn.Module):
         arguments = ((self.d_model,), (kv_heads, head_dim), ("d_model", "kv_heads", "head_dim"), kernel, c.bias)
         k, v = Linear(*arguments, name="key")(x), Linear(*arguments, name="value")(x)
         if c.qk_norm is not None:
-            q, k = c.qk_norm.build("query_norm")(q), c.qk_norm.build("key_norm")(k)
+            q, k = self.normed("query_norm", q), self.normed("key_norm", k)
         if c.rope is not None:
             q, k = rotate(q, context.positions, c.rope), rotate(k, context.positions, c.rope)
         return site(self, "q", q), site(self, "k", k), site(self, "v", v)
+
+    def normed(
+        self, name: str, x: Float[Array, "batch length heads head_dim"]
+    ) -> Float[Array, "batch length heads head_dim"]:
+        """Queries or keys after their norm."""
+        assert self.config.qk_norm is not None
+        norm = self.config.qk_norm.build(name)
+        return norm(x) if self.config.qk_norm_over == "head" else norm(x.reshape(*x.shape[:2], -1)).reshape(x.shape)
 
 
 def store(

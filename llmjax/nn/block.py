@@ -20,6 +20,7 @@ from llmjax.nn.sites import site
 class Block:
     """pre: x + f(norm(x)); post: norm(x + f(x)); parallel: x + mixer(norm(x)) + mlp(norm(x)), one norm.
 
+    parallel_norms: parallel with a norm for each; branch: x + norm(f(x)); sandwich: x + norm'(f(norm(x))).
     reversible: two streams, y1 = x1 + mixer(norm(x2)), y2 = x2 + mlp(norm(y1)) (`llmjax.nn.reversible`).
     """
 
@@ -29,8 +30,9 @@ class Block:
     """what is computed at each token; None for attention-only models"""
     norm: Norm = RMSNorm()
     """normalisation of each branch"""
-    order: Literal["pre", "post", "parallel", "reversible"] = "pre"
-    """wiring (pre: Radford et al. 2019; post: Vaswani et al. 2017; parallel: GPT-J; reversible: Kitaev et al. 2020)"""
+    order: Literal["pre", "post", "parallel", "parallel_norms", "branch", "sandwich", "reversible"] = "pre"
+    """wiring (pre: Radford et al. 2019; post: Vaswani et al. 2017; parallel: GPT-J; parallel_norms: GPT-NeoX,
+    2204.06745; branch: OLMo 2, 2501.00656; sandwich: Gemma 2, 2408.00118; reversible: Kitaev et al. 2020)"""
     dropout: float = 0.0
     """probability that a feature of a branch's output is dropped in training"""
     cross: CrossAttention | None = None
@@ -42,7 +44,7 @@ class Block:
             yield "dropout", "must be at least 0 and below 1"
         if self.order == "reversible" and self.mlp is None:
             yield "mlp", "is the second stream's branch: order=reversible needs one"
-        if self.order in ("parallel", "reversible") and self.cross is not None:
+        if self.order in ("parallel", "parallel_norms", "reversible") and self.cross is not None:
             yield "cross", f"has no place in order={self.order}: use pre or post"
 
     def problems_at(self, d_model: int) -> Iterator[tuple[str, str]]:
@@ -85,23 +87,30 @@ class BlockModule(nn.Module):
         """Run the block on residual stream `x` `[batch, length, d_model]`."""
         c, sizes = self.config, (self.d_model, self.layers, self.initializer)
         x = site(self, "resid_pre", x)
-        normed = self.before("mixer_norm", x)
+        start, normed = x, self.before("mixer_norm", x)
         y, state = c.mixer.build(*sizes, name="mixer")(normed, context, state)
-        y = site(self, "mixer_out", self.drop(y, context))
+        y = site(self, "mixer_out", self.drop(self.branch("mixer", y), context))
         x = site(self, "resid_mid", self.after("mixer_norm", x + y))
         if c.cross is not None:
             y = c.cross.build(*sizes, name="cross")(self.before("cross_norm", x), context)
-            y = site(self, "cross_out", self.drop(y, context))
+            y = site(self, "cross_out", self.drop(self.branch("cross", y), context))
             x = site(self, "resid_cross", self.after("cross_norm", x + y))
         if c.mlp is not None:
-            normed = normed if c.order == "parallel" else self.before("mlp_norm", x)
-            y = c.mlp.build(*sizes, name="mlp")(normed, context)
+            if c.order != "parallel":
+                normed = self.before("mlp_norm", start if c.order == "parallel_norms" else x)
+            y = self.branch("mlp", c.mlp.build(*sizes, name="mlp")(normed, context))
             x = self.after("mlp_norm", x + site(self, "mlp_out", self.drop(y, context)))
         return site(self, "resid_post", x), state
 
     def before(self, name: str, x: Float[Array, "batch length d_model"]) -> Float[Array, "batch length d_model"]:
-        """What a branch reads: the stream's norm, or in post-norm blocks the stream."""
-        return x if self.config.order == "post" else self.config.norm.build(name)(x)
+        """What a branch reads: the stream's norm, or where norms come later the stream."""
+        return x if self.config.order in ("post", "branch") else self.config.norm.build(name)(x)
+
+    def branch(self, name: str, y: Float[Array, "batch length d_model"]) -> Float[Array, "batch length d_model"]:
+        """What a branch adds: its output, or that output's norm."""
+        if self.config.order not in ("branch", "sandwich"):
+            return y
+        return self.config.norm.build(f"{name}_norm" if self.config.order == "branch" else f"{name}_out_norm")(y)
 
     def after(self, name: str, x: Float[Array, "batch length d_model"]) -> Float[Array, "batch length d_model"]:
         """The stream after a branch: normalised in post-norm blocks."""

@@ -5,9 +5,12 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import flax.linen as nn
+import jax
+import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
+from llmjax.nn.linear import parameter
 from llmjax.nn.model import Features, Model, readout
 from llmjax.nn.multi_token import MultiToken
 from llmjax.nn.softmax_mixture import SoftmaxMixture
@@ -22,6 +25,10 @@ class Decoder(Stack, Model):
     """token ids; at least the tokenizer's vocabulary"""
     tied: bool = False
     """whether the head is the transposed embedding table"""
+    head_bias: bool = False
+    """whether an untied head adds a bias (GPT-J, Phi-2)"""
+    embedding_scale: float = 1.0
+    """factor of the token embeddings, not of a tied head (Gemma, 2403.08295: sqrt(d_model))"""
     soft_cap: float | None = None
     """logits become cap tanh(logit / cap) (Gemma 2, 2408.00118)"""
     mixture: SoftmaxMixture | None = None
@@ -37,6 +44,8 @@ class Decoder(Stack, Model):
         """Fields that contradict each other, blocks and their mixers included."""
         if self.vocab < 1:
             yield "vocab", "must be at least 1"
+        if self.head_bias and (self.tied or self.mixture is not None or self.multi_token is not None):
+            yield "head_bias", "belongs to one head of its own: set tied=False, mixture=None and multi_token=None"
         yield from super().problems()
         yield from causal_problems(self)
         yield from cross_problems(self.pattern)
@@ -87,9 +96,13 @@ class DecoderModule(StackModule):
         context, state = enter(tokens, positions, segment_ids, state)
         context = replace(context, prefix=prefix, deterministic=deterministic)
         table = embedding(c.vocab, c.d_model, c.initializer, "embed")()
-        embedded = look_up(table, tokens)
+        embedded = look_up(table, tokens) * c.embedding_scale
         x, layers = self.hidden(embedded, context, None if state is None else state["blocks"])
         kernel = table.T if c.tied else untied(c.vocab, c.d_model, c.initializer, "head")()
+        if c.head_bias:  # one more feature that is always 1: every objective takes the bias for a row of the kernel
+            bias = parameter(self, "head_bias", jax.nn.initializers.zeros, (c.vocab,), ("vocab",))
+            kernel = jnp.concatenate([kernel, bias[None].astype(kernel.dtype)])
+            x = jnp.concatenate([x, jnp.ones((*x.shape[:-1], 1), x.dtype)], axis=-1)
         features = Features(x, kernel, c.soft_cap)
         if c.mixture is not None:
             features = replace(features, mixture=c.mixture.build(c.d_model, c.initializer, "mixture")())

@@ -55,6 +55,9 @@ class Encoder(Stack, Model):
     """kinds of token that have an embedding of their own (BERT: 2, first and second sentence); 0 for none"""
     pooler: bool = False
     """whether tanh(W x + b) of each row's first token is computed, a summary of the row"""
+    row_classes: int = 0
+    """what rows are told apart by, from the pooled state (BERT: 2, whether its second part follows the first in the
+    text or was drawn from elsewhere); 0 for none"""
     head: MaskedHead | None = MaskedHead()
     """what predicts masked tokens; None scores with the embedding table alone"""
 
@@ -68,6 +71,10 @@ class Encoder(Stack, Model):
             yield "vocab", "must be at least 1"
         if self.token_types < 0:
             yield "token_types", "must not be negative"
+        if self.row_classes < 0:
+            yield "row_classes", "must not be negative"
+        if self.row_classes and not self.pooler:
+            yield "row_classes", "are told apart by the pooled state: set pooler=True"
         yield from super().problems()
         yield from cross_problems(self.pattern)
 
@@ -91,15 +98,19 @@ class Encoder(Stack, Model):
 
 @flax.struct.dataclass
 class Encoded:
-    """States of all tokens, the pooled state of each row (None without a pooler), and what the head reads."""
+    """States of all tokens, the pooled state of each row (None without a pooler), and what the head reads.
+
+    `row_logits` are float32 logits of each row's class, None where there are no such classes.
+    """
 
     states: Float[Array, "batch length d_model"]
     pooled: Float[Array, "batch d_model"] | None
     features: Features
+    row_logits: Float[Array, "batch classes"] | None = None
 
 
 class EncoderModule(StackModule):
-    """Owns `embed`, the stack's parts and, where they exist, `types`, `pooler` and `head`; site pooled."""
+    """Owns `embed`, the stack's parts and, where they exist, `types`, `pooler`, `row_head`, `head`; site pooled."""
 
     config: Encoder
 
@@ -123,16 +134,18 @@ class EncoderModule(StackModule):
             types = Table("embedding", shape, ("entries", "d_model"), initial, name="types")()
             x = x + look_up(types, jnp.zeros_like(tokens) if token_types is None else token_types)
         x, _ = self.hidden(x, context, None)
-        pooled = None
+        pooled = rows = None
         if c.pooler:
             first = jnp.argmax(context.positions >= 0, axis=1)
             row = jnp.take_along_axis(x, first[:, None, None], axis=1)[:, 0]
             kernel, axes = c.initializer.kernel(c.d_model), ("d_model", None)
             pooled = jnp.tanh(Linear((c.d_model,), (c.d_model,), axes, kernel, bias=True, name="pooler")(row))
             pooled = site(self, "pooled", pooled)
-        if c.head is None:
-            return Encoded(x, pooled, Features(x, table.T))
-        return Encoded(x, pooled, c.head.build(c.vocab, *sizes, name="head")(x, table))
+            if c.row_classes:
+                head = Linear((c.d_model,), (c.row_classes,), axes, kernel, bias=True, name="row_head")
+                rows = head(pooled).astype(jnp.float32)
+        features = Features(x, table.T) if c.head is None else c.head.build(c.vocab, *sizes, name="head")(x, table)
+        return Encoded(x, pooled, features, rows)
 
     def features(
         self,

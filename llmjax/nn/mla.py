@@ -12,7 +12,7 @@ from jaxtyping import Array, Float
 
 from llmjax.nn.attention import store
 from llmjax.nn.initializers import Init
-from llmjax.nn.linear import Linear, parameter
+from llmjax.nn.linear import Linear, Matrix
 from llmjax.nn.masks import AttentionMask, Full
 from llmjax.nn.mixer import Context, Mixer, State
 from llmjax.nn.norms import Norm, RMSNorm
@@ -135,8 +135,8 @@ class MLAModule(nn.Module):
             state = {"latent": store(state["latent"], latent, context.cache.slot)}
             latent = state["latent"].astype(q.dtype)
         kernel, axes = self.initializer.kernel(c.kv_rank), ("rank", "heads", "head_dim")
-        key_up = parameter(self, "key_up", kernel, (c.kv_rank, c.heads, c.nope_dim), axes)
-        value_up = parameter(self, "value_up", kernel, (c.kv_rank, c.heads, c.value_dim), axes)
+        key_up = Matrix((c.kv_rank,), (c.heads, c.nope_dim), axes, kernel, name="key_up")()
+        value_up = Matrix((c.kv_rank,), (c.heads, c.value_dim), axes, kernel, name="value_up")()
         scale = 1 / math.sqrt(c.nope_dim + c.rope_dim) if c.scale is None else c.scale
         rules = dict(scale=scale, causal=c.causal, implementation=c.implementation)
         if c.absorbs(q.shape[1], latent.shape[1]):

@@ -128,6 +128,10 @@ class GLU(DenseFeedForward):
     """y = (f(x W_gate) * (x W_up)) W_down: SwiGLU for silu, GeGLU for gelu. Shazeer 2020 (2002.05202)."""
 
     activation: Activation = "silu"
+    limit: float | None = None
+    """bound of x W_gate from above and of x W_up on both sides (gpt-oss, 2508.10925: 7); None for none"""
+    shift: float = 0.0
+    """what is added to x W_up after that (gpt-oss: 1)"""
 
     readers: ClassVar[tuple[str, ...]] = ("gate", "up")
 
@@ -136,8 +140,11 @@ class GLU(DenseFeedForward):
         return self.d_ff or -(-8 * d_model // (3 * 64)) * 64
 
     def hidden(self, project: Project, x: Float[Array, "... d_model"]) -> Float[Array, "... d_ff"]:
-        """f(x W_gate) * (x W_up)."""
-        return activation(self.activation)(project("gate", x)) * project("up", x)
+        """f(x W_gate) * (x W_up), bounded and shifted where that is asked for."""
+        gate, up = project("gate", x), project("up", x)
+        if self.limit is not None:
+            gate, up = jnp.minimum(gate, self.limit), jnp.clip(up, -self.limit, self.limit)
+        return activation(self.activation)(gate) * (up + self.shift if self.shift else up)
 
 
 class DenseModule(nn.Module):

@@ -60,8 +60,11 @@ class Model:
         """Draw float32 parameters, or complete those that are `given` (see `loaded`)."""
         return draw(self, key) if given is None else given
 
-    def loaded(self, shardings: Params) -> Params | None:
-        """Parameters that come from elsewhere, placed as `shardings` says; None of models that draw all of theirs."""
+    def loaded(self, abstract: Params) -> Params | None:
+        """Parameters that come from elsewhere, of the dtypes and in the places that `abstract` says.
+
+        `abstract` holds shape structs with shardings. None of models that draw all of theirs.
+        """
         return None
 
     def trains(self, path: str) -> bool:

@@ -55,6 +55,8 @@ class MoE(FeedForward):
     """weight of the router's mean squared log-normaliser, summed over layers (ST-MoE, 2202.08906: 0.001)"""
     bias_rate: float | None = None
     """step of the biases that even the load without a loss (DeepSeek-V3, 2412.19437: 0.001); None for no biases"""
+    logit_bias: bool = False
+    """whether the router's logits have a bias, which weights see too (gpt-oss, 2508.10925)"""
 
     def build(self, d_model: int, layers: int, init: Init, name: str | None = None) -> nn.Module:
         """The Linen module of this config."""
@@ -114,7 +116,8 @@ class MoEModule(nn.Module):
         expert takes).
         """
         c, present = self.config, context.positions >= 0
-        logits, bias = Logits(self.d_model, c.experts, self.initializer, c.bias_rate is not None, name="router")(x)
+        extra = c.bias_rate is not None, c.logit_bias
+        logits, bias = Logits(self.d_model, c.experts, self.initializer, *extra, name="router")(x)
         logits = site(self, "router_logits", logits)
         chosen = c.router.route(logits, present, bias)
         run: Choice | Slots = chosen
@@ -164,28 +167,32 @@ class MoEModule(nn.Module):
 
 
 class Logits(nn.Module):
-    """Owns the router's `kernel` and, where `biased`, the `bias` that only the choice sees."""
+    """Owns the router's `kernel`, where `biased` the `bias` that only the choice sees, and perhaps a `logit_bias`."""
 
     d_model: int
     experts: int
     initializer: Init
     biased: bool
+    logit_bias: bool = False
 
     @nn.compact
     def __call__(
         self, x: Float[Array, "batch length d_model"]
     ) -> tuple[Float[Array, "batch length experts"], Float[Array, " experts"] | None]:
-        """x W and the bias, both float32 whatever x is (2101.03961, section 2.4)."""
+        """x W (+ b) and the bias of the choice, both float32 whatever x is (2101.03961, section 2.4)."""
         kernel = parameter(
             self, "kernel", self.initializer.kernel(self.d_model), (self.d_model, self.experts), ("d_model", "experts")
         )
         logits = jnp.einsum(
             "bld,de->ble", x.astype(jnp.float32), kernel.astype(jnp.float32), precision=jax.lax.Precision.HIGHEST
         )
+        zeros = jax.nn.initializers.zeros
+        if self.logit_bias:
+            logits = logits + parameter(self, "logit_bias", zeros, (self.experts,), ("experts",)).astype(jnp.float32)
         logits = constrained(logits, ("batch", "length", None))  # a token's choice is among all experts
         if not self.biased:
             return logits, None
-        bias = parameter(self, "bias", jax.nn.initializers.zeros, (self.experts,), ("experts",))
+        bias = parameter(self, "bias", zeros, (self.experts,), ("experts",))
         return logits, bias.astype(jnp.float32)
 
 

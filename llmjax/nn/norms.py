@@ -25,6 +25,8 @@ class RMSNorm(Norm):
 
     eps: float = 1e-6
     """added to the mean square (LLaMA)"""
+    zero_centred: bool = False
+    """whether the factor is 1 + scale, with scale from 0 (Gemma, 2403.08295)"""
 
     def build(self, name: str | None = None) -> nn.Module:
         """The Linen module of this config."""
@@ -39,6 +41,9 @@ class RMSNormModule(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "... features"]) -> Float[Array, "... features"]:
         """Normalise the last axis."""
+        if self.config.zero_centred:
+            shift = parameter(self, "scale", jax.nn.initializers.zeros, x.shape[-1:], ("norm",))
+            return rms_norm(x, 1 + shift.astype(jnp.float32), self.config.eps)
         scale = parameter(self, "scale", jax.nn.initializers.ones, x.shape[-1:], ("norm",))
         return rms_norm(x, scale, self.config.eps)
 

@@ -7,7 +7,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 
-from llmjax.nn.linear import Linear
+from llmjax.nn.linear import Linear, Matrix
 from llmjax.nn.model import Model
 from llmjax.nn.moe import Stacked
 from llmjax.nn.stack import Table
@@ -29,6 +29,8 @@ class Projection:
     """whether it is a table of embeddings or a head, whose rows are looked up or which its owner multiplies with"""
     bias: bool = False
     """whether its module has a bias"""
+    handed: bool = False
+    """whether its module hands the matrix out for its owner to multiply with, as all tables do"""
 
     @property
     def input_axes(self) -> tuple[str | None, ...]:
@@ -45,12 +47,14 @@ def projection_of(module: nn.Module) -> Projection | None:
     """The projection that a module owns; None of modules that own none."""
     if isinstance(module, Linear):
         return Projection(module.inputs, module.outputs, module.axes, bias=module.bias)
+    if isinstance(module, Matrix):
+        return Projection(module.inputs, module.outputs, module.axes, handed=True)
     if isinstance(module, Stacked):
         p = module.projection
         return Projection((p.inputs,), (p.outputs,), p.axes, experts=module.experts, bias=p.bias)
     if isinstance(module, Table):
         rows, columns = module.shape
-        return Projection((rows,), (columns,), module.axes, leaf=module.label, table=True)
+        return Projection((rows,), (columns,), module.axes, leaf=module.label, table=True, handed=True)
     return None
 
 

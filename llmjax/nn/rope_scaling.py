@@ -128,8 +128,9 @@ class YaRN(RopeScaling):
     """turns in L tokens above which a plane is left alone (the paper: 32)"""
     beta_slow: float = 1.0
     """turns in L tokens below which a plane is fully interpolated (the paper: 1)"""
-    ramp: Literal["code", "paper"] = "code"
-    """gamma between the two: linear in the plane's index between whole indices (the authors' code), or in turns"""
+    ramp: Literal["code", "exact", "paper"] = "code"
+    """gamma between the two: linear in the plane's index, between whole indices (the authors' code) or exact ones
+    (gpt-oss), or linear in turns"""
     magnitude: float | None = None
     """what turned queries and keys are multiplied by; None is 0.1 ln s + 1"""
 
@@ -151,13 +152,15 @@ class YaRN(RopeScaling):
         return by_parts(base, planes, self.factor, gamma), magnitude
 
     def index_ramp(self, base: float, planes: int) -> Float[np.ndarray, " planes"]:
-        """gamma that falls from 1 to 0 between the planes of beta_fast and beta_slow turns, rounded outwards."""
+        """gamma that falls from 1 to 0 between the planes of beta_fast and beta_slow turns, in code whole ones."""
         fast, slow = (
             planes * math.log(self.original_length / (2 * math.pi * turns)) / math.log(base)
             for turns in (self.beta_fast, self.beta_slow)
         )
-        low = max(math.floor(fast), 0)
-        high = max(min(math.ceil(slow), 2 * planes - 1), low + 1e-3)  # the authors' code bounds it by features
+        if self.ramp == "code":
+            fast, slow = math.floor(fast), math.ceil(slow)
+        low = max(fast, 0)
+        high = max(min(slow, 2 * planes - 1), low + 1e-3)  # the authors' code bounds it by features
         return 1 - np.clip((np.arange(planes) - low) / (high - low), 0, 1)
 
 

@@ -79,6 +79,12 @@ class TopK(Router):
     """whether the weights of a token's experts are divided by their sum"""
     scale: float = 1.0
     """factor of the weights (DeepSeek-V3: 2.5)"""
+    groups: int = 1
+    """groups of experts side by side, of which a token takes only the best (DeepSeek-V2, 2405.04434, and V3: 8)"""
+    top_groups: int = 1
+    """groups that a token takes its experts from (DeepSeek-V2: 3; V3: 4)"""
+    group_best: int = 1
+    """how many of a group's highest s + bias are summed to judge it (DeepSeek-V2: 1; V3: 2)"""
 
     def problems(self) -> Iterator[tuple[str, str]]:
         """Values out of range."""
@@ -86,11 +92,20 @@ class TopK(Router):
             yield "normalise", "makes the weight of k=1 always 1, and the router learns nothing: use False (Switch)"
         if not self.scale > 0:
             yield "scale", "must be positive"
+        if not 1 <= self.top_groups <= self.groups:
+            yield "top_groups", f"must be from 1 to groups={self.groups}"
 
     def problems_among(self, experts: int) -> Iterator[tuple[str, str]]:
-        """A token cannot take an expert twice."""
-        if not 1 <= self.k <= experts:
-            yield "k", f"must be from 1 to experts={experts}"
+        """A token cannot take an expert twice, nor one of a group that it does not take."""
+        if self.groups < 1 or experts % self.groups:
+            yield "groups", f"must divide experts={experts}"
+            return
+        size = experts // self.groups
+        if not 1 <= self.k <= self.top_groups * size:
+            among = "" if self.groups == 1 else f", those of {self.top_groups} groups"
+            yield "k", f"must be from 1 to experts={self.top_groups * size}{among}"
+        if not 1 <= self.group_best <= size:
+            yield "group_best", f"must be from 1 to the {size} experts of a group"
 
     def active(self, experts: int) -> float:
         """k."""
@@ -106,13 +121,23 @@ class TopK(Router):
         present: Bool[Array, "batch length"],
         bias: Float[Array, " experts"] | None,
     ) -> Choice:
-        """The k experts with the highest s + bias, weighted by s."""
+        """The k experts with the highest s + bias, of the groups taken, weighted by s."""
         scores = self.affinity(logits)
-        _, experts = jax.lax.top_k(scores if bias is None else scores + bias, self.k)
+        _, experts = jax.lax.top_k(self.among_groups(scores if bias is None else scores + bias), self.k)
         weights = jnp.take_along_axis(scores, experts, axis=-1)
         if self.normalise:
             weights = weights / jnp.maximum(jnp.sum(weights, axis=-1, keepdims=True), 1e-20)
         return Choice(jnp.where(present[..., None], experts, logits.shape[-1]), self.scale * weights)
+
+    def among_groups(self, scores: Float[Array, "batch length experts"]) -> Float[Array, "batch length experts"]:
+        """The scores, -inf for experts outside the groups whose best have the highest sum."""
+        if self.groups == self.top_groups:
+            return scores
+        apart = scores.reshape(*scores.shape[:2], self.groups, -1)
+        best = jnp.sum(jax.lax.top_k(apart, self.group_best)[0], axis=-1)
+        _, taken = jax.lax.top_k(best, self.top_groups)
+        inside = jnp.any(taken[..., None] == jnp.arange(self.groups), axis=-2)
+        return jnp.where(inside[..., None], apart, -jnp.inf).reshape(scores.shape)
 
 
 @dataclass(frozen=True)

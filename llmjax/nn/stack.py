@@ -22,7 +22,7 @@ from llmjax.nn.reversible import ReversibleModule, branches_of, reversible
 from llmjax.nn.sites import CAPTURED, INTERVENTIONS, site
 from llmjax.parallel.layout import from_zigzag, halves, to_zigzag
 from llmjax.parallel.mesh import constrained
-from llmjax.parallel.pipeline import pipelined, stages
+from llmjax.parallel.pipeline import POLICIES, pipelined, stages
 
 
 @dataclass(frozen=True)
@@ -47,9 +47,10 @@ class Stack:
     """probability that a feature of an embedding is dropped in training"""
     initializer: Init = GPT2Init()
     """distribution of the initial weights"""
-    remat: Literal["none", "full", "dots", "reversible"] = "none"
-    """what the backward pass recomputes: nothing, all but block inputs, all but products with weights, or block inputs
-    too, which reversible blocks get back from their outputs (float32 advised: rounding does not cancel exactly)"""
+    remat: Literal["none", "dots", "attention", "full", "reversible"] = "none"
+    """what the backward pass keeps, the most first: all, products with weights and the results of attention kernels,
+    these results and block inputs, block inputs, or not even those, which reversible blocks get back from their outputs
+    (float32 advised: rounding does not cancel exactly); the rest is computed again"""
     unroll: int = 8
     """repeats laid out in one step of the scan: short stacks run faster on CPU fully unrolled; 1 where remat is on"""
 
@@ -238,10 +239,9 @@ class Repeat(nn.Module):
 
 def scanned(config: Stack, body: type[nn.Module] = Repeat) -> Callable[..., nn.Module]:
     """`body`, rematerialised by name and scanned over its stacked parameters, sites and states."""
-    remat = config.remat in ("full", "dots")
+    remat = config.remat not in ("none", "reversible")
     if remat:
-        policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable if config.remat == "dots" else None
-        body = nn.remat(body, policy=policy, prevent_cse=False)
+        body = nn.remat(body, policy=POLICIES[config.remat], prevent_cse=False)
     return nn.scan(
         body,
         variable_axes={True: 0},

@@ -19,6 +19,7 @@ from jaxtyping import Array, Int
 
 from llmjax.config import InputError
 from llmjax.parallel.mesh import in_force
+from pallas_kernels.attention.vjp import ATTENTION
 
 Repeat = Callable[[Any, Any, Any, Any, Int[Array, ""]], tuple[Any, Any]]
 """(one layer's arrays, x, the microbatch's own context, shared context, microbatch) -> (x, scalars handed out)."""
@@ -119,8 +120,14 @@ def all_but_moves(primitive: Any, *_: Any, **__: Any) -> bool:
     return primitive.name not in MOVES
 
 
+SAVED = jax.checkpoint_policies.save_only_these_names(ATTENTION)
+
 POLICIES: dict[str, Any] = {
     "none": all_but_moves,
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "dots": jax.checkpoint_policies.save_from_both_policies(
+        jax.checkpoint_policies.dots_with_no_batch_dims_saveable, SAVED
+    ),
+    "attention": SAVED,
     "full": None,
 }
+"""What `jax.checkpoint` keeps of a layer beside its inputs, the most first."""

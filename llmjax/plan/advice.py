@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from llmjax.experiment import Experiment
+from llmjax.parallel.pipeline import POLICIES
 
 TILE = 128
 """Rows of a shard below which XLA:TPU gathers by an all-reduce of zero-padded shards, at twice the traffic or more."""
@@ -26,9 +27,8 @@ def memory_advice(experiment: Experiment, plan: Mapping[str, Any]) -> list[str]:
     if state > limit / 2:
         fsdp = 2 * plan["mesh"]["fsdp"]
         found.append(f"--mesh.fsdp={fsdp}: parameters, optimizer and gradients take {state / limit:.0%} of a chip")
-    remat = getattr(experiment.model, "remat", None)
-    if remat in ("none", "dots"):
-        found.append(f"--model.remat={'dots' if remat == 'none' else 'full'}: keep less for the backward pass")
+    for remat in keeping_less(experiment)[:1]:
+        found.append(f"--model.remat={remat}: keep less for the backward pass")
     parts = plan["mesh"]["data"] * plan["mesh"]["fsdp"]
     rows = experiment.data.batch_size // experiment.train.accumulate // parts
     if rows > 1:
@@ -36,6 +36,12 @@ def memory_advice(experiment: Experiment, plan: Mapping[str, Any]) -> list[str]:
     elif plan["mesh"]["context"] * plan["mesh"]["tensor"] == 1:
         found.append("--mesh.context=2 or --mesh.tensor=2: one row is in memory on each chip, split it")
     return found
+
+
+def keeping_less(experiment: Experiment) -> list[str]:
+    """Values of the model's `remat` that keep less for the backward pass than it has, the most first."""
+    policies, remat = list(POLICIES), getattr(experiment.model, "remat", None)
+    return policies[policies.index(remat) + 1 :] if remat in policies else []
 
 
 def network_advice(experiment: Experiment, plan: Mapping[str, Any]) -> list[str]:

@@ -5,6 +5,7 @@ from typing import Any
 
 from llmjax.config import InputError
 from llmjax.experiment import Experiment, load_experiment
+from llmjax.plan.advice import keeping_less
 from llmjax.plan.process import plan_of
 from llmjax.plan.target import parse
 
@@ -36,9 +37,7 @@ def first_that_fits(
 
 def variants(experiment: Experiment, chips: int) -> Iterator[list[str]]:
     """Overrides, the least change first: what the backward pass keeps, meshes that split more, microbatches."""
-    policies = ["none", "dots", "full"]
-    kept = getattr(experiment.model, "remat", "full")
-    later = policies[policies.index(kept) + 1 :] if kept in policies else []
+    later = keeping_less(experiment)
     yield []
     for policy in later:
         yield [f"--model.remat={policy}"]

@@ -118,6 +118,10 @@ def traffic(module: Module, one: Instruction) -> float:
         return 0.0
     if one.opcode == "copy-start":
         return sum(shape.nbytes for shape in one.shapes[:2] if shape.in_hbm)
+    if one.opcode == "slice-start":  # (source, slice, ...): only the slice is read, and written where it is in HBM
+        return one.shapes[1].nbytes * (1 + one.shapes[1].in_hbm)
+    if one.opcode == "slice-done":
+        return 0.0
     if one.opcode != "fusion":
         return written + sum(hbm(x) for x in operands)
     read = sum(min(read_of(module, one, i), hbm(x)) for i, x in enumerate(operands))

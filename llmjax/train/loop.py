@@ -173,6 +173,9 @@ class Trainer:
         else:
             found = checkpoint.read(checkpoint.place(self.run_dir, step))
             progress = Progress.load(found.progress)
+            if not progress.fingerprint:  # parameters that were imported: nothing is known but them
+                progress = Progress(fingerprint=fingerprint)
+                return progress, self.plan.init(self.seed, found.params(self.plan.abstract.params)), step
             if progress.fingerprint != fingerprint:
                 raise InputError(
                     f"{self.run_dir} was trained on other data (fingerprint {progress.fingerprint}, now "

@@ -57,13 +57,16 @@ class Plan:
         """NamedSharding of every array."""
         return jax.tree.map(lambda x: x.sharding, self.abstract)
 
-    def init(self, seed: int) -> State:
-        """Draw the state, each device its own part of it; the same for every mesh. Raises what `Model.loaded` does."""
+    def init(self, seed: int, given: Params | None = None) -> State:
+        """Draw the state, each device its own part of it; the same for every mesh.
+
+        Where parameters are `given`, or the model loads some, only the rest is drawn. Raises what `Model.loaded` does.
+        """
 
         def new(key: PRNGKeyArray, given: Params | None) -> State:
             return _new(self.model, self.model.init(key, given), self.optimizer, self.train)
 
-        given = self.model.loaded(self.shardings.model_params)
+        given = self.model.loaded(self.abstract.model_params) if given is None else given
         make = jax.jit(new, out_shardings=self.shardings, donate_argnums=1)
         return make(jax.random.key(seed), given)
 

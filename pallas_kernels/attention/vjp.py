@@ -14,9 +14,13 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float
 
 from pallas_kernels.attention.mask import Rule, Seen
+
+ATTENTION = "attention"
+"""The name of what the forward pass keeps, for policies of rematerialisation."""
 
 
 class Operands(NamedTuple):
@@ -56,9 +60,15 @@ def blockwise(kernel: Kernel, operands: Operands, visible: Visible) -> tuple[Arr
     return kernel.forward(operands, visible, kernel.rule, kernel.config)
 
 
+def named(results: tuple[Array, Array]) -> tuple[Array, Array]:
+    """Output and log-sum-exp under the name by which `jax.checkpoint_policies` may keep them, `ATTENTION`."""
+    out, lse = results
+    return checkpoint_name(out, ATTENTION), checkpoint_name(lse, ATTENTION)
+
+
 def save(kernel: Kernel, operands: Operands, visible: Visible) -> tuple[tuple[Array, Array], tuple]:
     """The forward pass, and what the backward pass needs."""
-    out, lse = kernel.forward(operands, visible, kernel.rule, kernel.config)
+    out, lse = named(kernel.forward(operands, visible, kernel.rule, kernel.config))
     return (out, lse), (operands, visible, out, lse)
 
 

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Int
 
 from pallas_kernels.attention.mask import Rule, Seen
-from pallas_kernels.attention.vjp import Operands
+from pallas_kernels.attention.vjp import Operands, named
 from pallas_kernels.ring_attention.layout import Layout, positions_of
 
 Tree = TypeVar("Tree")
@@ -110,7 +110,7 @@ def around(ring: Ring, operands: Operands, seen: Seen) -> tuple[Array, Array]:
 
 def save(ring: Ring, operands: Operands, seen: Seen) -> tuple[tuple[Array, Array], tuple]:
     """The forward pass, and what the backward pass needs."""
-    out, lse = around(ring, operands, seen)
+    out, lse = named(around(ring, operands, seen))
     return (out, lse), (operands, seen, out, lse)
 
 

@@ -59,10 +59,12 @@ def folded(model, params):
     result = {path: leaves[path] for path in base}
     for path, p in adapter.found(model.base).items():
         own = {k.rpartition("/")[2]: x for k, x in leaves.items() if k.startswith(f"{path}/adapters/")}
-        weight = lambda own, kernel, p=p: adapter.weight(own, kernel, p, shared)
-        for _ in range(1 + (p.experts is not None)):
-            weight = jax.vmap(weight)
-        result[f"{path}/kernel"] = weight(own, leaves[f"{path}/kernel"])
+        steps = {"kernel": adapter.weight, "bias": adapter.bias}
+        for leaf in ("kernel", "bias") if p.bias else ("kernel",):
+            step = lambda own, x, p=p, change=steps[leaf]: change(own, x, p, shared)
+            for _ in range(1 + (p.experts is not None)):
+                step = jax.vmap(step)
+            result[f"{path}/{leaf}"] = step(own, leaves[f"{path}/{leaf}"])
     return unflat(result)
 
 

@@ -35,12 +35,12 @@ def decoder(**fields):
 
 
 def moe(**fields):
-    return decoder(pattern=(Block(Attention(rope=None), MoE(experts=4, **fields)),))
+    return decoder(pattern=(Block(Attention(rope=None), MoE(experts=8, **fields)),))
 
 
 STACKS = {
-    "capacity": (moe(router=TopK(k=2), capacity=1.5, shared=1, z_loss=0.1), "pattern.0.mlp"),
-    "bias": (moe(router=TopK(k=2), bias_rate=0.1, balance_loss=0.0), "pattern.0.mlp"),
+    "capacity": (moe(router=TopK(k=2, groups=2), capacity=1.5, shared=1, z_loss=0.1), "pattern.0.mlp"),
+    "bias": (moe(router=TopK(k=2, groups=2), bias_rate=0.1, balance_loss=0.0), "pattern.0.mlp"),
     "choice": (
         Encoder(
             vocab=19,

@@ -11,8 +11,16 @@ import numpy as np
 import pytest
 from flax.core import meta
 
+from llmjax.adapters import Adapted, LoRA
+from llmjax.nn.block import Block
+from llmjax.nn.decoder import Decoder
 from llmjax.nn.mla import MLA
+from llmjax.nn.model import flat, unflat
+from llmjax.nn.projections import projections
 from llmjax.nn.rope import Rope
+from llmjax.nn.stored import Stored
+from llmjax.quant.integers import Integer
+from llmjax.quant.quantize import Quantize, quantise
 from tests.flops import flops
 from tests.mixers.cases import D_MODEL, INIT, enter, forward
 from tests.mixers.drawn import drawn
@@ -48,8 +56,8 @@ def test_equals_the_equations_as_loops(q_rank):
     for h in range(3):
         q = source @ up[:, h]
         q = np.concatenate([q[:, :4], turn(q[:, 4:], at)], axis=1)
-        k = np.concatenate([latent @ p["key_up"][:, h], shared], axis=1)
-        v = latent @ p["value_up"][:, h]
+        k = np.concatenate([latent @ p["key_up"]["kernel"][:, h], shared], axis=1)
+        v = latent @ p["value_up"]["kernel"][:, h]
         for i in range(LENGTH):
             weights = np.exp(k[: i + 1] @ q[i] / np.sqrt(6))
             y[i] += weights @ v[: i + 1] / weights.sum() @ p["out"]["kernel"][h]
@@ -99,3 +107,33 @@ def test_operations_are_counted_as_they_are(form):
 def test_auto_is_the_form_of_fewer_operations(queries, cheaper):
     counts = {form: traced(replace(LARGE, form=form), queries, 512)[0] for form in ("auto", "expanded", "absorbed")}
     assert counts["auto"] == counts[cheaper] == min(counts.values())
+
+
+def test_matrices_that_are_handed_out_are_adapted_and_quantised():
+    """Both forms read the up-projections with what is added to them, or as they are stored: 1e-5, sums reordered."""
+    tokens = np.random.default_rng(0).integers(0, 11, (2, 5)).astype(np.int32)
+
+    def decoder(form):
+        block = Block(mixer=replace(SMALL, kv_rank=8, form=form), mlp=None)
+        return Decoder(vocab=11, d_model=D_MODEL, layers=2, pattern=(block,))
+
+    def logits(model, params):
+        return np.asarray(jax.jit(lambda params: model.build().apply({"params": params}, tokens)[0])(params))
+
+    bases = [decoder("expanded"), decoder("absorbed")]
+    ups = [f"blocks/0/mixer/{name}_up" for name in ("key", "value")]
+    assert all(projections(bases[0])[path].handed for path in ups)
+    params = bases[0].init(jax.random.key(0))
+    plain = logits(bases[0], params)
+
+    models = [Adapted(base=base, adapters=(LoRA(rank=2, targets="_up$"),)) for base in bases]
+    start = models[0].init(jax.random.key(1), params)
+    np.testing.assert_array_equal(logits(models[0], start), plain)
+    shaken = unflat({path: x + 0.3 if path.endswith("lora/b") else x for path, x in flat(start).items()})
+    one, other = (logits(model, shaken) for model in models)
+    assert np.abs(one - other).max() < 1e-5 * np.abs(one).max() < 1e-2 * np.abs(one - plain).max()
+
+    stored = quantise(bases[0], params, Quantize(format=Integer(bits=4, block=8), targets="(key|value)_up$"))
+    assert all(isinstance(flat(stored)[f"{path}/kernel"], Stored) for path in ups)
+    one, other = (logits(base, stored) for base in bases)
+    assert np.abs(one - other).max() < 1e-5 * np.abs(one).max() < 1e-2 * np.abs(one - plain).max()

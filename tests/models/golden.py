@@ -9,7 +9,7 @@ import numpy as np
 from safetensors.numpy import load_file
 
 from llmjax.models import mapping
-from llmjax.models.hf import family_of
+from llmjax.models.families import family_of
 from llmjax.objectives.next_token import NextToken
 
 FOLDER = Path(__file__).resolve().parent / "golden"

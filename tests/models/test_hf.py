@@ -13,14 +13,17 @@ from safetensors.numpy import load_file, save_file
 
 from llmjax.config import InputError, with_
 from llmjax.models import gpt2, llama
-from llmjax.models.hf import family_of, load_hf, save_hf
+from llmjax.models.families import family_of
+from llmjax.models.hf import load_hf, save_hf
+from llmjax.models.mapping import export_weights, import_weights
 from llmjax.nn.attention import Attention
 from llmjax.nn.block import Block
 from llmjax.nn.decoder import Decoder
-from llmjax.nn.masks import Window
+from llmjax.nn.masks import Chunked, Window
 from llmjax.nn.mlp import GLU
 from llmjax.nn.positions import SinusoidalPositions
 from llmjax.nn.rope import Rope
+from llmjax.nn.rope_scaling import PositionInterpolation
 from tests.evidence import evidence
 from tests.models.golden import FOLDER, random_params
 
@@ -72,7 +75,8 @@ def test_every_option_of_llama_survives_the_way_there_and_back(tmp_path):
     save_hf(tmp_path, config, params)
     again, read = load_hf(tmp_path)
     assert (again.pattern[0].mixer, again.pattern[0].mlp, again.tied) == (block.mixer, block.mlp, True)
-    chex.assert_trees_all_equal(llama.import_weights(load_file(tmp_path / "model.safetensors"), config), params)
+    written = load_file(tmp_path / "model.safetensors")
+    chex.assert_trees_all_equal(import_weights(written, config, llama.FAMILY), params)
     tokens = np.arange(8).reshape(1, 8)
     ours = [c.build().apply({"params": p}, tokens)[0] for c, p in ((config, params), (again, read))]
     chex.assert_trees_all_close(*ours, atol=1e-6)
@@ -146,8 +150,8 @@ def test_old_forms_of_llama_configs(folder):
         folder("llama", old, lambda w: w | {"model.layers.0.self_attn.rotary_emb.inv_freq": np.ones(3)})
     )
     assert config.pattern[0].mixer.rope == Rope(base=500000.0)
-    with pytest.raises(InputError, match="rope_type='linear' is not supported"):
-        load_hf(folder("llama", old | {"rope_scaling": {"type": "linear", "factor": 2.0}}))
+    config, _ = load_hf(folder("llama", old | {"rope_scaling": {"type": "linear", "factor": 2.0}}))
+    assert config.pattern[0].mixer.rope == Rope(base=500000.0, scaling=PositionInterpolation(2.0))
 
 
 def without(key):
@@ -155,8 +159,13 @@ def without(key):
 
 
 BAD = {
-    "unknown type": ("gpt2", {"model_type": "bert"}, None, "model_type='bert' is not supported: gpt2, llama are"),
-    "no type": ("gpt2", {"model_type": None}, None, "model_type=None is not supported: gpt2, llama are"),
+    "unknown type": (
+        "gpt2",
+        {"model_type": "gpt3"},
+        None,
+        "model_type='gpt3' is not supported: gpt2 is the nearest .*adding_a_family",
+    ),
+    "no type": ("gpt2", {"model_type": None}, None, "model_type=None is not supported"),
     "missing": ("gpt2", {}, without("transformer.wpe.weight"), r"transformer.wpe.weight is missing \(1 of 28 are\)"),
     "unexpected": (
         "llama",
@@ -197,7 +206,8 @@ BAD = {
         "activation_function='tanh' is not supported: gelu_new",
     ),
     "variant": ("gpt2", {"scale_attn_by_inverse_layer_idx": True}, None, "scale_attn_by_inverse_layer_idx=True is not"),
-    "rope": ("llama", {"rope_parameters": {"rope_type": "yarn"}}, None, "rope_type='yarn' is not supported"),
+    "rope": ("llama", {"rope_parameters": {"rope_type": "dynamic"}}, None, "rope_type='dynamic' is not supported"),
+    "no factor": ("llama", {"rope_parameters": {"rope_type": "yarn"}}, None, "rope_type='yarn' lacks its factor"),
     "rope type": ("llama", {"rope_parameters": "yarn"}, None, "rope_parameters='yarn': expected an object"),
     "heads": ("llama", {"num_key_value_heads": 3}, None, "kv_heads=3 does not divide heads=4"),
 }
@@ -228,7 +238,7 @@ def test_missing_and_broken_files(tmp_path):
 
 
 INEXPRESSIBLE = {
-    "window": (llama.llama1("7B"), "pattern.0.mixer.mask", Window(128), r"pattern.0.mixer.mask=Window"),
+    "mask": (llama.llama1("7B"), "pattern.0.mixer.mask", Chunked(128), r"pattern.0.mixer.mask=Chunked"),
     "cap": (gpt2.gpt2(), "soft_cap", 30.0, "soft_cap=30.0"),
     "order": (gpt2.gpt2(), "pattern.0.order", "parallel", "pattern.0.order=parallel"),
     "positions": (gpt2.gpt2(), "positions", SinusoidalPositions(), "positions=SinusoidalPositions"),
@@ -262,8 +272,8 @@ def test_extra_keys_cannot_contradict_the_weights(tmp_path):
 def test_export_refuses_another_tree():
     config, params = load_hf(FOLDER / "llama")
     with pytest.raises(InputError, match=r"parameter head/kernel is missing"):
-        llama.export_weights({key: value for key, value in params.items() if key != "head"}, config)
+        export_weights({key: value for key, value in params.items() if key != "head"}, config, llama.FAMILY)
     with pytest.raises(InputError, match=r"parameter extra is not one of the config's"):
-        llama.export_weights(params | {"extra": np.ones(1)}, config)
+        export_weights(params | {"extra": np.ones(1)}, config, llama.FAMILY)
     with pytest.raises(InputError, match=r"parameter norm/scale has shape \[23\]: the config asks for \[24\]"):
-        llama.export_weights(params | {"norm": {"scale": np.ones(23)}}, config)
+        export_weights(params | {"norm": {"scale": np.ones(23)}}, config, llama.FAMILY)

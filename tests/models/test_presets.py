@@ -6,8 +6,18 @@ import jax
 import pytest
 
 from llmjax.config import InputError, validate
+from llmjax.models.bloom import bloom
+from llmjax.models.falcon import falcon
+from llmjax.models.gemma import gemma1, gemma2, gemma3
 from llmjax.models.gpt2 import gpt2
-from llmjax.models.llama import llama1, llama2, llama3
+from llmjax.models.gpt_neox import gpt_neox
+from llmjax.models.gptj import gptj
+from llmjax.models.llama import llama1, llama2, llama3, llama31, llama32
+from llmjax.models.mistral import mistral
+from llmjax.models.olmo2 import olmo2
+from llmjax.models.phi3 import phi3
+from llmjax.models.qwen2 import qwen2
+from llmjax.models.qwen3 import qwen3
 from tests.evidence import evidence
 
 PUBLISHED = {
@@ -24,8 +34,52 @@ PUBLISHED = {
     "llama2-70B": (llama2, "70B", 68_976_648_192),
     "llama3-8B": (llama3, "8B", 8_030_261_248),
     "llama3-70B": (llama3, "70B", 70_553_706_496),
+    "llama31-405B": (llama31, "405B", 405_853_388_800),
+    "llama32-1B": (llama32, "1B", 1_235_814_400),
+    "llama32-3B": (llama32, "3B", 3_212_749_824),
+    "mistral-7B": (mistral, "7B", 7_241_732_096),
+    "mistral-7B-v0.3": (mistral, "7B-v0.3", 7_248_023_552),
+    "qwen2-0.5B": (qwen2, "0.5B", 494_032_768),
+    "qwen2-1.5B": (qwen2, "1.5B", 1_543_714_304),
+    "qwen2-7B": (qwen2, "7B", 7_615_616_512),
+    "qwen2-72B": (qwen2, "72B", 72_706_203_648),
+    "qwen3-4B": (qwen3, "4B", 4_022_468_096),
+    "qwen3-8B": (qwen3, "8B", 8_190_735_360),
+    "qwen3-14B": (qwen3, "14B", 14_768_307_200),
+    "qwen3-32B": (qwen3, "32B", 32_762_123_264),
+    "gemma1-2B": (gemma1, "2B", 2_506_172_416),
+    "gemma1-7B": (gemma1, "7B", 8_537_680_896),
+    "gemma2-2B": (gemma2, "2B", 2_614_341_888),
+    "gemma2-9B": (gemma2, "9B", 9_241_705_984),
+    "gemma2-27B": (gemma2, "27B", 27_227_128_320),
+    "gemma3-270M": (gemma3, "270M", 268_098_176),
+    "gemma3-1B": (gemma3, "1B", 999_885_952),
+    "phi3-mini": (phi3, "mini", 3_821_079_552),
+    "phi3-medium": (phi3, "medium", 13_960_238_080),
+    "olmo2-1B": (olmo2, "1B", 1_484_916_736),
+    "olmo2-7B": (olmo2, "7B", 7_298_617_344),
+    "olmo2-13B": (olmo2, "13B", 13_716_198_400),
+    "pythia-70M": (gpt_neox, "70M", 70_426_624),
+    "pythia-160M": (gpt_neox, "160M", 162_322_944),
+    "pythia-410M": (gpt_neox, "410M", 405_334_016),
+    "pythia-1B": (gpt_neox, "1B", 1_011_781_632),
+    "pythia-1.4B": (gpt_neox, "1.4B", 1_414_647_808),
+    "pythia-2.8B": (gpt_neox, "2.8B", 2_775_208_960),
+    "pythia-6.9B": (gpt_neox, "6.9B", 6_857_302_016),
+    "pythia-12B": (gpt_neox, "12B", 11_846_072_320),
+    "neox-20B": (gpt_neox, "20B", 20_554_567_680),
+    "gptj-6B": (gptj, "6B", 6_050_882_784),
+    "bloom-560M": (bloom, "560M", 559_214_592),
+    "bloom-1.1B": (bloom, "1.1B", 1_065_314_304),
+    "bloom-1.7B": (bloom, "1.7B", 1_722_408_960),
+    "bloom-3B": (bloom, "3B", 3_002_557_440),
+    "bloom-7.1B": (bloom, "7.1B", 7_069_016_064),
+    "bloom-176B": (bloom, "176B", 176_247_271_424),
+    "falcon-7B": (falcon, "7B", 6_921_720_704),
+    "falcon-40B": (falcon, "40B", 41_303_293_952),
 }
-ROW = {"gpt2": "D01", "llama1": "D04", "llama2": "D05", "llama3": "D05"}
+ROW = {"gpt2": "D01", "llama1": "D04", "llama2": "D05", "llama3": "D05", "llama31": "D05", "llama32": "D05"}
+ROW |= {"mistral": "D06", "qwen2": "D08", "pythia": "D09", "neox": "D09", "gptj": "D09"}
 SMALL = {"18M": (6, 256, 128, 17_637_632), "30M": (6, 384, 1024, 30_339_456)}
 
 
@@ -35,7 +89,7 @@ SMALL = {"18M": (6, 256, 128, 17_637_632), "30M": (6, 384, 1024, 30_339_456)}
     [
         pytest.param(*case, marks=evidence(row, oracle="published parameter counts", code=code), id=name)
         for name, case in PUBLISHED.items()
-        for row, code in [(ROW[name.partition("-")[0]], f"llmjax.models.{case[0].__module__.rpartition('.')[2]}")]
+        for row, code in [(ROW.get(name.partition("-")[0], "D16"), case[0].__module__)]
     ],
 )
 def test_published_counts(preset, size, count, evidence):
@@ -54,10 +108,12 @@ def test_demonstration_sizes(size, evidence):
     evidence.record(abs(gpt2(size).num_params() - count), 0)
 
 
-@pytest.mark.parametrize("preset", [gpt2, llama1, llama2, llama3])
+@pytest.mark.parametrize(
+    "preset", [gpt2, llama1, mistral, qwen2, qwen3, gemma1, phi3, olmo2, gpt_neox, gptj, bloom, falcon]
+)
 def test_unknown_size_names_the_known(preset):
-    with pytest.raises(InputError, match=r"unknown .* size '3B': use .*M|unknown .* size '3B': use .*B"):
-        preset("3B")
+    with pytest.raises(InputError, match=r"unknown .* size '2K': use "):
+        preset("2K")
 
 
 def test_matmul_weights_are_all_but_tables_norms_and_biases():

@@ -126,6 +126,16 @@ def test_types_and_the_pooled_first_token():
     close(shifted.states[:, 3:], right.states[:, :9])
 
 
+def test_rows_are_told_apart_by_the_pooled_state():
+    model = dataclasses.replace(BERT, row_classes=3)
+    params = params_of(model)
+    found = encode(model, params, TOKENS)
+    close(found.row_logits, np.asarray(found.pooled) @ params["row_head"]["kernel"] + params["row_head"]["bias"])
+    assert encode(BERT, params_of(BERT), TOKENS).row_logits is None
+    with pytest.raises(ConfigError, match="row_classes=3 are told apart by the pooled state"):
+        validate(dataclasses.replace(model, pooler=False))
+
+
 def batch_of(tokens, positions=None):
     positions = np.broadcast_to(np.arange(tokens.shape[1]), tokens.shape) if positions is None else positions
     return {"tokens": tokens, "positions": positions.astype(np.int32), "segment_ids": np.ones(tokens.shape, np.int32)}

@@ -59,8 +59,9 @@ def dense(config, params, x):
         return x @ weight[name]["kernel"] + weight[name].get("bias", 0)
 
     if isinstance(config, GLU):
-        gate = project("gate", x)
-        return project("down", gate / (1 + np.exp(-gate)) * project("up", x))
+        bound, slope = config.limit or np.inf, 1.702 if config.activation == "gelu_quick" else 1
+        gate, up = np.minimum(project("gate", x), bound), np.clip(project("up", x), -bound, bound) + config.shift
+        return project("down", gate / (1 + np.exp(-slope * gate)) * up)
     return project("down", np.maximum(project("up", x), 0))
 
 
@@ -70,10 +71,18 @@ def one_expert(params, e):
 
 def scores_of(config, params, x):
     logits = np.asarray(x, np.float64) @ np.asarray(params["router"]["kernel"], np.float64)
+    logits = logits + params["router"].get("logit_bias", 0)
     if getattr(config.router, "scores", "softmax") == "sigmoid":
         return logits, 1 / (1 + np.exp(-logits))
     exp = np.exp(logits - logits.max(-1, keepdims=True))
     return logits, exp / exp.sum(-1, keepdims=True)
+
+
+def in_groups(router, scores):
+    """The scores, -inf for those of groups that are not among the best."""
+    groups = np.split(scores, router.groups)
+    best = sorted(range(router.groups), key=lambda g: -np.sort(groups[g])[-router.group_best :].sum())
+    return np.concatenate([x if g in best[: router.top_groups] else x - np.inf for g, x in enumerate(groups)])
 
 
 def token_choice(config, params, x, positions):
@@ -91,7 +100,7 @@ def token_choice(config, params, x, positions):
             if positions[b, t] < 0:
                 continue
             _, scores = scores_of(config, params, token)
-            chosen = np.argsort(-(scores + bias), kind="stable")[: router.k]
+            chosen = np.argsort(-in_groups(router, scores + bias), kind="stable")[: router.k]
             for e in chosen:
                 wanted[e] += 1
                 room[e] -= 1
@@ -107,6 +116,11 @@ CASES = {
     "dense mixture": MoE(3, GLU(d_ff=5), TopK(3)),
     "mixtral": MoE(4, GLU(d_ff=5, bias=True), TopK(2), z_loss=0.3),
     "deepseek": MoE(5, GLU(d_ff=5), TopK(2, "sigmoid", scale=2.5), shared=2, bias_rate=0.1),
+    "groups by two": MoE(
+        6, GLU(d_ff=5), TopK(2, "sigmoid", scale=2.5, groups=3, top_groups=2, group_best=2), bias_rate=0.1
+    ),
+    "groups by the best": MoE(6, GLU(d_ff=5), TopK(2, normalise=False, groups=3)),
+    "gpt-oss": MoE(4, GLU(5, "gelu_quick", bias=True, limit=0.8, shift=1.0), TopK(2), logit_bias=True),
     "switch": MoE(4, MLP(d_ff=5, activation="relu", bias=True), TopK(1, normalise=False), capacity=0.6),
     "drops of two": MoE(4, GLU(d_ff=5), TopK(2), capacity=0.7),
 }
@@ -308,6 +322,12 @@ BAD = {
     "experts=0 must be at least 1": MoE(0, router=ExpertChoice(0.5), balance_loss=0.0),
     "router.k=9 must be from 1 to experts=8": MoE(router=TopK(9)),
     "router.normalise=True makes the weight of k=1 always 1": MoE(router=TopK(1)),
+    "router.k=5 must be from 1 to experts=4, those of 2 groups": MoE(router=TopK(5, groups=4, top_groups=2)),
+    "router.groups=3 must divide experts=8": MoE(router=TopK(groups=3)),
+    "router.top_groups=3 must be from 1 to groups=2": MoE(router=TopK(groups=2, top_groups=3)),
+    "router.group_best=3 must be from 1 to the 2 experts of a group": MoE(
+        router=TopK(groups=4, top_groups=2, group_best=3)
+    ),
     "router.scale=0.0 must be positive": MoE(router=TopK(scale=0.0)),
     "router.capacity=9.0 must be above 0 and at most experts=8": MoE(router=ExpertChoice(9.0), balance_loss=0.0),
     "capacity=0.0 must be positive, or None": MoE(capacity=0.0),

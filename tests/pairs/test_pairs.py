@@ -58,9 +58,9 @@ FACTORS = {
     "mixers": GROUPS,
     "place": list(places()),
     "mlp": ["none", *subclasses(FeedForward)],
-    "order": ["pre", "post", "parallel"],
+    "order": ["pre", "post", "parallel", "parallel_norms", "branch", "sandwich"],
     "packing": list(subclasses(Packing)),
-    "remat": ["none", "full", "dots"],
+    "remat": ["none", "dots", "attention", "full"],
     "mesh": [MeshConfig(data=2, fsdp=2, tensor=2), MeshConfig(fsdp=4, tensor=2), MeshConfig(data=8)],
 }
 

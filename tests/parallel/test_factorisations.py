@@ -141,6 +141,7 @@ VARIANTS = {
     "padded": (with_block(mlp=replace(MOE, z_loss=0.0)), "padded"),
     "remat full": (replace(MODEL, remat="full"), "packed"),
     "remat dots": (replace(MODEL, remat="dots"), "packed"),
+    "remat attention": (replace(MODEL, remat="attention"), "packed"),
     "capacity": (with_block(mlp=replace(MOE, capacity=1.0)), "packed"),
     "expert choice": (with_block(mlp=replace(MOE, router=ExpertChoice())), "packed"),
     "Mamba": (with_block(mixer=Mamba()), "packed"),

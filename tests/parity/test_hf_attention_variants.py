@@ -67,8 +67,8 @@ def mla_params(found):
         "latent_down": {"kernel": down[:, :RANK]},
         "rotary": {"kernel": down[:, RANK:]},
         "norm": {"scale": found["kv_a_layernorm.weight"]},
-        "key_up": up[..., :NOPE],
-        "value_up": up[..., NOPE:],
+        "key_up": {"kernel": up[..., :NOPE]},
+        "value_up": {"kernel": up[..., NOPE:]},
         "out": {"kernel": found["o_proj.weight"].T.reshape(HEADS, VALUE, D)},
     }
     if "q_proj.weight" in found:

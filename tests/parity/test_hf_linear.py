@@ -13,14 +13,14 @@ from transformers.models.olmo_hybrid.modeling_olmo_hybrid import OlmoHybridGated
 from transformers.models.qwen3_next.modeling_qwen3_next import Qwen3NextGatedDeltaNet, torch_recurrent_gated_delta_rule
 from transformers.models.xlstm import modeling_xlstm
 
-from llmjax.nn.channel_mixing import ChannelMixing
+from llmjax.config import with_
+from llmjax.models import mapping, rwkv
 from llmjax.nn.delta_net import GatedDeltaNet, unit
 from llmjax.nn.initializers import GPT2Init
 from llmjax.nn.mixer import Context
 from llmjax.nn.mlstm import MLSTM
-from llmjax.nn.norms import RMSNorm, layer_norm
+from llmjax.nn.norms import RMSNorm
 from llmjax.nn.retention import retention
-from llmjax.nn.rwkv4 import RWKV4
 from pallas_kernels.gated_delta_rule import gated_delta_rule
 from tests.evidence import evidence
 from tests.models.golden import relative_error
@@ -82,24 +82,14 @@ def test_rwkv4(form, evidence):
     )
     model = randomised(transformers.RwkvModel(config))
     tokens = np.random.default_rng(1).integers(0, 11, (2, LENGTH))
-    w = weights_of(model)
-
-    def norm(name, x):
-        return layer_norm(x, w[name], w[name + ".bias"], 1e-5)
-
-    x = norm("blocks.0.pre_ln", model.embeddings.weight.detach().numpy()[tokens])
-    for i in range(2):
-        a, f = f"blocks.{i}.attention.", f"blocks.{i}.feed_forward."
-        time = {name + "_mix": w[a + "time_mix_" + name].ravel() for name in ("key", "value", "receptance")}
-        time |= kernels(**{name: w[a + name] for name in ("key", "value", "receptance")}, out=w[a + "output"])
-        time |= {"decay": w[a + "time_decay"], "bonus": w[a + "time_first"]}
-        channel = {name + "_mix": w[f + "time_mix_" + name].ravel() for name in ("key", "receptance")}
-        channel |= kernels(**{name: w[f + name] for name in ("key", "value", "receptance")})
-        x = x + ours(RWKV4(d_inner=24, form=form), time, norm(f"blocks.{i}.ln1", x))
-        x = x + ours(ChannelMixing(d_ff=40), channel, norm(f"blocks.{i}.ln2", x))
     with torch.no_grad():
         theirs = model(torch.from_numpy(tokens), use_cache=False).last_hidden_state.numpy()
-    evidence.record(relative_error(norm("ln_out", x), theirs), 4 * TOLERANCE)  # four layers
+    decoder = rwkv.from_hf_config(config.to_dict() | {"tie_word_embeddings": True})
+    weights = {f"rwkv.{name}": x.numpy() for name, x in model.state_dict().items()}
+    params = mapping.import_weights(weights, decoder, rwkv.FAMILY)
+    decoder = with_(decoder, "pattern.0.mixer.form", form)
+    run = jax.jit(lambda params: decoder.build().apply({"params": params}, tokens, method="features")[0].hidden)
+    evidence.record(relative_error(run(params), theirs), 4 * TOLERANCE)  # four layers
 
 
 def split_taps(taps, heads):

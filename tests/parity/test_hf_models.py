@@ -9,7 +9,23 @@ import pytest
 import torch
 import transformers
 
-from llmjax.models import gpt2, hf, llama, mapping
+from llmjax.models import (
+    bloom,
+    falcon,
+    gemma,
+    gpt2,
+    gpt_neox,
+    gptj,
+    hf,
+    llama,
+    mapping,
+    mistral,
+    olmo2,
+    phi3,
+    qwen2,
+    qwen3,
+)
+from llmjax.models.families import family_of
 from scripts.golden_models import GPT2, LLAMA, inputs, random_model, run
 from tests.evidence import evidence
 from tests.models.golden import (
@@ -144,6 +160,20 @@ PRESETS = {
     "llama1": ("D04", llama.llama1, llama.LLAMA1),
     "llama2": ("D05", llama.llama2, llama.LLAMA2),
     "llama3": ("D05", llama.llama3, llama.LLAMA3),
+    "llama31": ("D05", llama.llama31, llama.LLAMA31),
+    "llama32": ("D05", llama.llama32, llama.LLAMA32),
+    "mistral": ("D06", mistral.mistral, mistral.SIZES),
+    "qwen2": ("D08", qwen2.qwen2, qwen2.SIZES),
+    "qwen3": ("D16", qwen3.qwen3, qwen3.SIZES),
+    "gemma1": ("D16", gemma.gemma1, gemma.GEMMA1),
+    "gemma2": ("D16", gemma.gemma2, gemma.GEMMA2),
+    "gemma3": ("D16", gemma.gemma3, gemma.GEMMA3),
+    "phi3": ("D16", phi3.phi3, phi3.SIZES),
+    "olmo2": ("D16", olmo2.olmo2, olmo2.SIZES),
+    "gpt-neox": ("D09", gpt_neox.gpt_neox, gpt_neox.SIZES),
+    "gptj": ("D09", gptj.gptj, ["6B"]),
+    "bloom": ("D16", bloom.bloom, bloom.SIZES),
+    "falcon": ("D16", falcon.falcon, falcon.SIZES),
 }
 META = "transformers model on the meta device: names, shapes and their sum"
 
@@ -158,12 +188,13 @@ META = "transformers model on the meta device: names, shapes and their sum"
     ],
 )
 def test_names_shapes_and_counts_of_the_presets(config, evidence):
-    family = hf.family_of(config)
+    family = family_of(config)
     theirs = transformers.AutoConfig.for_model(**family.to_hf_config(config))
     with torch.device("meta"):
         model = transformers.AutoModelForCausalLM.from_config(theirs)
     evidence.record(abs(model.num_parameters() - config.num_params()), 0)
-    assert mapping.shapes(config, family) == {name: tuple(p.shape) for name, p in model.named_parameters()}
+    theirs = {mapping.table_name(name, family): tuple(p.shape) for name, p in model.named_parameters()}
+    assert mapping.shapes(config, family) == theirs
 
 
 @pytest.mark.parametrize("theirs", [GPT2, LLAMA], ids=["gpt2", "llama"])

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from llmjax.cli import main
-from llmjax.config import InputError
+from llmjax.config import InputError, with_
 from llmjax.experiment import load_experiment
 from llmjax.plan import process, search, target
 from llmjax.plan.advice import advice
@@ -121,29 +121,33 @@ def test_advice_follows_what_takes_the_memory():
     assert not advice(experiment, found | {"fits": True})
     assert "2 of 4 devices" in advice(experiment, found | {"fits": True, "devices_of_target": 4})[0]
     assert not any("fsdp" in line for line in advice(experiment, found | {"hbm_limit_bytes": 100}))
+    for remat, less in {"none": "dots", "dots": "attention", "attention": "full", "full": None}.items():
+        lines = advice(with_(experiment, "model.remat", remat), found)
+        assert [line.split(":")[0] for line in lines if "remat" in line] == ([f"--model.remat={less}"] if less else [])
 
 
 def test_a_search_begins_with_the_least_change():
     """As it is, then less kept, then meshes of the same number of chips, then microbatches."""
     found = list(search.variants(load_experiment(TINY, ["--data.batch_size=8"]), 8))
     assert found[0] == []
-    assert [line[0] for line in found[1:3]] == ["--model.remat=dots", "--model.remat=full"]
+    assert found[1:4] == [["--model.remat=dots"], ["--model.remat=attention"], ["--model.remat=full"]]
     assert ["--model.remat=full", "--mesh.data=1", "--mesh.fsdp=4", "--mesh.tensor=2"] in found
     assert found[-1][-1] == "--train.accumulate=8"
 
 
 def test_a_search_stops_at_the_first_that_fits(monkeypatch):
-    """The stand-in compiler fits from remat=full on; a variant that is refused is told and passed over."""
+    """The stand-in compiler fits from remat=attention on; a variant that is refused is told and passed over."""
     tried, told = [], []
 
     def plan_of(experiment, target, overrides):
         tried.append(overrides)
         if "--model.remat=dots" in overrides:
             raise InputError("refused")
-        return {"fits": "--model.remat=full" in overrides, "hbm_bytes_per_chip": 3, "hbm_limit_bytes": 2}
+        return {"fits": "--model.remat=attention" in overrides, "hbm_bytes_per_chip": 3, "hbm_limit_bytes": 2}
 
     monkeypatch.setattr(search, "plan_of", plan_of)
     found = search.first_that_fits(TINY, "cpu:8", ["--train.steps=5"], told.append)
-    assert found["overrides"] == ["--model.remat=full"]
-    assert tried == [["--train.steps=5", *more] for more in ([], ["--model.remat=dots"], ["--model.remat=full"])]
-    assert told == ["as it is: 150% of a chip", "--model.remat=dots: refused", "--model.remat=full: 150% of a chip"]
+    dots, attention = "--model.remat=dots", "--model.remat=attention"
+    assert found["overrides"] == [attention]
+    assert tried == [["--train.steps=5", *more] for more in ([], [dots], [attention])]
+    assert told == ["as it is: 150% of a chip", f"{dots}: refused", f"{attention}: 150% of a chip"]

@@ -26,7 +26,7 @@ class GatedState(NamedTuple):
 
     inner: PyTree
     """AdamW's own."""
-    count: Int[Array, ""]
+    done: Int[Array, ""]
     """Updates done."""
 
 
@@ -79,7 +79,7 @@ class GatedAdamW(AdamW):
             gradients: PyTree, state: GatedState, params: PyTree | None = None, **extra: Any
         ) -> tuple[PyTree, GatedState]:
             leaves = flat(params)
-            strength = self.strength * jnp.minimum(1.0, state.count / self.warmup)
+            strength = self.strength * jnp.minimum(1.0, state.done / self.warmup)
             added = jax.grad(cost)(leaves, strength)
             total = unflat({path: x + added[path] for path, x in flat(gradients).items()})
             updates, own = inner.update(total, state.inner, params, **extra)
@@ -87,7 +87,7 @@ class GatedAdamW(AdamW):
             if self.gate == "projected":
                 for path in gates:
                     changes[path] = jnp.clip(leaves[path] + changes[path], 0, 1) - leaves[path]
-            return unflat(changes), GatedState(own, state.count + 1)
+            return unflat(changes), GatedState(own, state.done + 1)
 
         return optax.GradientTransformationExtraArgs(
             lambda params: GatedState(inner.init(params), jnp.zeros((), jnp.int32)), update

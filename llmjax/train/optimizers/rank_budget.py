@@ -12,7 +12,7 @@ from jaxtyping import Array, Bool, Float, Int, PyTree
 from llmjax.config import ConfigError
 from llmjax.nn.model import flat, unflat
 from llmjax.train.optimizers.adam import AdamW
-from llmjax.train.optimizers.base import rate_problems
+from llmjax.train.optimizers.base import Setting, rate_problems
 from llmjax.train.optimizers.paths import by_path
 
 SINGULAR = r"(?:^|/)adapters/[^/]+/singular$"
@@ -24,7 +24,7 @@ class RankBudgetState(NamedTuple):
 
     inner: PyTree
     """AdamW's own."""
-    count: Int[Array, ""]
+    done: Int[Array, ""]
     """Updates done."""
     sensitivity: PyTree
     """Running mean of |w dL/dw|, for every weight of the adapters."""
@@ -55,13 +55,17 @@ class RankBudgetAdamW(AdamW):
     uncertainty: float = 0.85
     """decay rate of the running mean of uncertainties"""
 
+    def settings(self, params: PyTree) -> dict[str, Setting]:
+        """What the groups say; raises ConfigError where there is no AdaLoRA."""
+        if not singular(by_path(params)):
+            raise ConfigError("optimizer: RankBudgetAdamW cuts the singular values of AdaLoRA, and the model has none")
+        return super().settings(params)
+
     def transform(
         self, learning_rate: float | Float[Array, ""], params: PyTree
     ) -> optax.GradientTransformationExtraArgs:
-        """AdamW's, its state and updates completed; raises ConfigError where there is no AdaLoRA."""
+        """AdamW's, its state and updates completed."""
         inner = super().transform(learning_rate, params)
-        if not singular(by_path(params)):
-            raise ConfigError("optimizer: RankBudgetAdamW cuts the singular values of AdaLoRA, and the model has none")
 
         def init(params: PyTree) -> RankBudgetState:
             zeros = unflat({path: jnp.zeros_like(x) for path, x in triplets(flat(params)).items()})
@@ -71,7 +75,7 @@ class RankBudgetAdamW(AdamW):
             gradients: PyTree, state: RankBudgetState, params: PyTree | None = None, **extra: Any
         ) -> tuple[PyTree, RankBudgetState]:
             updates, own = inner.update(gradients, state.inner, params, **extra)
-            count, weights, slopes = state.count + 1, flat(params), flat(gradients)
+            count, weights, slopes = state.done + 1, flat(params), flat(gradients)
             means, doubts = flat(state.sensitivity), flat(state.uncertainty)
             learns = count < self.until
             for path in means:
