@@ -36,7 +36,7 @@ def test_every_override_of_the_readme_is_taken():
         load_experiment(str(ROOT / "experiments" / "tiny.py"), [override])
 
 
-@pytest.mark.parametrize("name", ["parallelism.md"])
+@pytest.mark.parametrize("name", ["parallelism.md", "finetuning.md"])
 def test_examples_of_the_docs_run(name, tmp_path):
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / name).read_text(), re.DOTALL)
     assert blocks

@@ -1,8 +1,8 @@
 """A small model of Python's documentation learns Python's code: every way to fine-tune it, on one task.
 
-What:   the quickstart's model (2.9M parameters), exported and read like anybody's checkpoint, goes on with top-level
+What:   the quickstart's model (3.7M parameters), exported and read like anybody's checkpoint, goes on with top-level
         functions and classes of the standard library, one a row, by full fine-tuning, LoRA and its relatives, QLoRA,
-        bottlenecks, IA3, norms alone, prompts and prefixes. Learning rates are the best of a few each.
+        bottlenecks, IA3, norms alone, prompts and prefixes. One seed, learning rates not searched.
 Cost:   a minute or two a variant on 2 CPU cores; `python -m scripts.compare_finetuning` runs all of them.
 Expect: docs/finetuning.md, which holds what was measured: bits per byte, trainable parameters, bytes.
 Run:    llmjax train experiments/quickstart.py --run-dir=runs/base

@@ -11,12 +11,12 @@ Cost:   estimated, no pod has run it (libtpu 0.0.42; efficiencies in llmjax/plan
             1.89 s, attention 0.45 s, bound by HBM 0.15 s, collectives 0.12 s. The compiler's own clock of its fusions
             is 2.63 s where this has 2.04 s: 57 % with it. Compiled in 161 s on a shared core.
         llama3_8b.py:v6e --target=v6e:16x16
-            30.9 GiB of 31.2 a chip, 4.518 s a step of 8,388,608 tokens, MFU 40.7 % (all pairs 45.8 %): matrix products
-            2.82 s, attention 1.07 s, bound by HBM 0.45 s, collectives 0.17 s. The best published is 45.5 % (all pairs),
+            30.9 GiB of 31.2 a chip, 4.422 s a step of 8,388,608 tokens, MFU 41.5 % (all pairs 46.7 %): matrix products
+            2.82 s, attention 1.07 s, bound by HBM 0.36 s, collectives 0.17 s. The best published is 45.5 % (all pairs),
             with activations offloaded to the hosts. Attention of head_dim 128 leaves half of v6e's matrix unit idle.
             Products and attention alone are 3.89 s, 53 % of all pairs; 50 % leaves 0.25 s for HBM and collectives.
-            To keep q, k and v too would save 0.08 s and take 12 GiB. With 3 rows a chip and no rules it is 26.9 GiB and
-            44.1 %, with remat="full", 4 rows and no rules 27.4 GiB and 43.4 %. Compiled in 360 s on a shared core.
+            To keep q, k and v too would save 0.08 s and take 12 GiB. With 3 rows a chip and no rules it takes 26.9 GiB,
+            with remat="full", 4 rows and no rules 27.4 GiB. Compiled in 297 s on shared cores.
 Expect: not known: no pod has trained it yet.
 Run:    llmjax train experiments/pods/llama3_8b.py --data.source.path=tokens/ --run-dir=runs/llama3_8b
 """

@@ -9,7 +9,7 @@ Cost:   estimated, no pod has run it (libtpu 0.0.42; efficiencies in llmjax/plan
             8.1 s, collectives 0.03 s. The compiler's own clock of its fusions is 28.7 s where this has 12.4 s: 8 % with
             it. Compiled in 297 s on two busy cores.
         mamba2_2b7.py:v6e --target=v6e:4x4
-            15.2 GiB of 31.2 a chip, 3.084 s a step of 262,144 tokens, MFU 9.7 %: matrix products 0.5 s, bound by HBM
+            15.2 GiB of 31.2 a chip, 3.076 s a step of 262,144 tokens, MFU 9.8 %: matrix products 0.5 s, bound by HBM
             2.5 s, collectives 0.05 s of 0.17 s.
         mamba2_2b7.py:h200 --target=h200:1x1x8
             36.9 GiB of 118.2 a GPU, 6.194 s a step of 524,288 tokens, MFU 18.0 %: matrix products 2.0 s, bound by HBM

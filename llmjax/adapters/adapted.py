@@ -198,11 +198,13 @@ class AdaptedModule(nn.Module):
                     inside.pop()
 
             call = Call(module, args, kwargs, whole, None, None)
-            on = [a for a in found if a in config.on]
+            on, common = [a for a in found if a in config.on], shared
+            if args and isinstance(args[0], jax.Array) and jnp.issubdtype(args[0].dtype, jnp.floating):
+                own, common = cast(own, args[0].dtype), cast(shared, args[0].dtype)  # a frozen base may be narrower
             if rows is not None:
-                return by_row(on, [own.get(a.name) for a in on], shared, rows, call)
+                return by_row(on, [own.get(a.name) for a in on], common, rows, call)
             for adapter in on:
-                call = wrapped(adapter, replace(call, params=own.get(adapter.name), shared=shared.get(adapter.name)))
+                call = wrapped(adapter, replace(call, params=own.get(adapter.name), shared=common.get(adapter.name)))
             return call.make()
 
         return intercept

@@ -41,8 +41,9 @@ PRESETS = {
 
 
 def boxed(value: Float[Array, "..."], *axes: str | None) -> nn.LogicallyPartitioned:
-    """An array with the logical names of its axes."""
-    return nn.LogicallyPartitioned(value, axes)
+    """An array with the logical names of its axes; a name that comes again, as a matrix's own `rank`, counts once."""
+    names = (None if axis in axes[:i] else axis for i, axis in enumerate(axes))
+    return nn.LogicallyPartitioned(value, tuple(names))
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,7 @@ class PromptTuning(Adapter):
     """The input [P; E(tokens)], P `[count, d_model]`: rows of their own below the table of embeddings.
 
     Tokens and their positions follow after the virtual ones, of which nothing is predicted. A row holds one document.
+    Of several prompts the last stands first, and its rows come before those of the others.
     """
 
     count: int = 20
@@ -53,16 +54,17 @@ class PromptTuning(Adapter):
         return params["prompt"]
 
     def around(self, call: Call) -> Float[Array, "rows d_model"]:
-        """The table, and P below it."""
-        table = call.make()
-        return jnp.concatenate([table, self.prompt(call.params).astype(table.dtype)])
+        """The table, P below it, and then the rows that other prompts have put there."""
+        table, vocab = call.make(), table_of(call.module).shape[0]
+        return jnp.concatenate([table[:vocab], self.prompt(call.params).astype(table.dtype), table[vocab:]])
 
     def enter(self, model: Model, inputs: dict[str, Any], shared: Any) -> dict[str, Any]:
         """The inputs with ids of P's rows in front, or in later calls of decoding with positions after them."""
         inputs = after(inputs, self.count)
         if not begins(inputs):
             return inputs
-        vocab = vocab_of(model)
+        vocab, tokens = vocab_of(model), inputs["tokens"]
+        inputs = inputs | {"tokens": jnp.where(tokens < vocab, tokens, tokens + self.count)}
         virtual = jnp.arange(self.count, dtype=jnp.int32)
         here = {name: x for name, x in inputs.items() if x is not None}
         start = here["state"]["slot"] if "state" in here else 0

@@ -2,8 +2,10 @@
 
 import difflib
 import json
+import re
 import shutil
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,8 +16,11 @@ from llmjax.config import InputError
 from llmjax.models import mapping, safetensors
 from llmjax.models.families import FAMILIES, family_of
 from llmjax.models.mapping import Family
+from llmjax.models.packed import Packed, Scheme, packed, scheme_of
 from llmjax.models.safetensors import Kind
 from llmjax.nn.model import Model, Params
+from llmjax.nn.projections import projections
+from llmjax.quant.quantised import Quantised
 
 WEIGHTS, INDEX, CONFIG = "model.safetensors", "model.safetensors.index.json", "config.json"
 COMPANIONS = (
@@ -48,12 +53,14 @@ class Folder(NamedTuple):
     theirs: dict[str, Any]
     family: Family
     config: Model
-    tensors: dict[str, np.ndarray]
+    tensors: Mapping[str, np.ndarray | Packed]
 
     def params(self, abstract: Params | None = None) -> Params:
-        """Our parameters; see `llmjax.models.mapping.import_weights`."""
+        """Our parameters, or those that `abstract` holds; see `llmjax.models.mapping.import_weights`."""
+        wanted = self.config.abstract() if abstract is None else abstract
+        plain = self.config.base if isinstance(self.config, Quantised) else self.config
         try:
-            return mapping.import_weights(self.tensors, self.config, self.family, abstract)
+            return mapping.import_weights(self.tensors, plain, self.family, wanted)
         except InputError as error:
             raise InputError(f"{self.path}: {error}") from None
 
@@ -67,19 +74,47 @@ def open_hf(directory: str | Path) -> Folder:
     directory = Path(directory)
     theirs, family, config = open_config(directory)
     check_tokenizer(directory, config)
-    return Folder(directory, theirs, family, config, tensors_of(directory))
+    scheme = scheme_of(theirs)
+    tensors = tensors_of(directory)
+    return Folder(directory, theirs, family, config, tensors if scheme is None else packed(tensors, scheme))
 
 
 def open_config(directory: Path) -> tuple[dict[str, Any], Family, Model]:
-    """A folder's config.json, its family, and our config of it."""
+    """A folder's config.json, its family, and our config of it: of quantised weights a Quantised one.
+
+    Which these are is told by the names of the tensors.
+    """
     theirs = read_json(directory / CONFIG)
     name = theirs.get("model_type")
     if not isinstance(name, str) or name not in FAMILIES:
         raise InputError(f"{directory / CONFIG}: model_type={name!r} is not supported{nearest(str(name))}")
+    family = FAMILIES[name]
     try:
-        return theirs, FAMILIES[name], FAMILIES[name].from_hf_config(theirs)
+        config, scheme = family.from_hf_config(theirs), scheme_of(theirs)
+        if scheme is not None:
+            config = quantised(config, family, packed(tensors_of(directory), scheme), scheme)
+        return theirs, family, config
     except InputError as error:
         raise InputError(f"{directory}: {error}") from None
+
+
+def quantised(config: Model, family: Family, tensors: Mapping[str, np.ndarray | Packed], scheme: Scheme) -> Quantised:
+    """The model with those projections quantised whose tensors are.
+
+    Raises InputError where one is in some layers and not in others.
+    """
+    table = {row.name: row for row in mapping.rows(config, family)}
+    found: dict[str, set[bool]] = {}
+    for name, tensor in tensors.items():
+        row = table.get(mapping.named(name, table, family))
+        for path in row.paths if row else ():
+            found.setdefault(path, set()).add(isinstance(tensor, Packed))
+    mixed = [path for path, kinds in found.items() if len(kinds) > 1]
+    if mixed:
+        raise InputError(f"{mixed[0]} is quantised in some layers and dense in others: it is read as one of both")
+    left = [path for path, p in projections(config).items() if not p.table and True not in found[f"{path}/{p.leaf}"]]
+    exclude = f"^({'|'.join(map(re.escape, left))})$" if left else None
+    return Quantised(config, quantize=replace(scheme.quantize, exclude=exclude))
 
 
 def nearest(name: str) -> str:

@@ -20,9 +20,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from llmjax.config import InputError
+from llmjax.models.packed import Packed
 from llmjax.nn.model import Model, Params, flat, unflat
+from llmjax.quant.tensor import Layout as Axes
+from llmjax.quant.tensor import QTensor
 
-Tensors = Mapping[str, np.ndarray]
+Tensors = Mapping[str, np.ndarray | Packed]
 Shape = tuple[int, ...]
 Places = dict[str, Shape]
 
@@ -81,6 +84,13 @@ class Entry:
         ]
         joined = parts[0] if len(parts) == 1 else np.concatenate(parts, axis=len(form.before))
         return joined.reshape(self.shape([part.shape for part in ours]))
+
+    def transposes(self, axes: Axes) -> bool:
+        """Whether theirs is a matrix `[outputs, inputs]` of ours alone, both in our order."""
+        form = layout(self.pattern)
+        inputs = sum(map(len, form.merged[: len(axes.inputs)]))
+        straight = form.theirs == form.ours[inputs:] + form.ours[:inputs]
+        return straight and len(form.groups) == 2 and len(form.groups[1]) == inputs and len(self.paths) == 1
 
     def shape(self, shapes: Sequence[Shape]) -> Shape:
         """The shape of their tensor, from ours."""
@@ -199,11 +209,12 @@ class Row(NamedTuple):
 def import_weights(tensors: Tensors, config: Model, family: Family, abstract: Params | None = None) -> Params:
     """Our parameters, stacked over layers, from transformers' names and layouts.
 
-    Of the dtypes that `abstract` (shape structs) says, float32 without it. Host arrays where the structs have no
-    sharding; else arrays on their devices, for which a host reads what its own devices hold. `tensors` are views of
-    files: beside the parameters themselves there is at most one of them (of all layers) in memory. Raises InputError
-    for a missing, unexpected, misshapen or non-float tensor, for a separate head where the config ties it, and for a
-    config that the family cannot express.
+    Of the dtypes that `abstract` (shape structs) says, float32 without it; where it holds a part of the tree, that part
+    alone. Host arrays where the structs have no sharding; else arrays on their devices, for which a host reads what its
+    own devices hold. `tensors` are views of files: beside the parameters themselves there is at most one of them (of
+    all layers) in memory. Raises InputError for a missing, unexpected, misshapen or non-float tensor, for a separate
+    head where the config ties it, for a quantised tensor that is not the parameter as it stands, and for a config that
+    the family cannot express.
     """
     family.to_hf_config(config)
     ours = our_shapes(config)
@@ -212,30 +223,54 @@ def import_weights(tensors: Tensors, config: Model, family: Family, abstract: Pa
     wanted = flat(config.abstract() if abstract is None else abstract)
     made: dict[str, Any] = {}
     with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
-        for _, group in itertools.groupby(table, key=lambda row: id(row.entry)):
+        asked = (row for row in table if any(path in wanted for path in row.paths))
+        for _, group in itertools.groupby(asked, key=lambda row: id(row.entry)):
             own = list(group)
-            paths = dict.fromkeys(path for row in own for path in row.paths)
-            parts = {path: Parts(ours[path], wanted[path].sharding, np.dtype(wanted[path].dtype)) for path in paths}
+            paths = [path for path in dict.fromkeys(path for row in own for path in row.paths) if path in wanted]
+            parts = {path: jax.tree.map(Parts, wanted[path]) for path in paths}
 
-            def fill(row: Row, parts: "dict[str, Parts]" = parts) -> None:
-                shapes = [ours[path][len(row.place) :] for path in row.paths]
-                for path, value in zip(row.paths, row.entry.read(tensors[found[row.name]], shapes), strict=True):
-                    parts[path].fill(row.place, value)
+            def fill(row: Row, parts: "dict[str, Any]" = parts) -> None:
+                for path, value in _values(row, tensors[found[row.name]], wanted, ours):
+                    for part, x in zip(jax.tree.leaves(parts.get(path)), jax.tree.leaves(value), strict=False):
+                        part.fill(row.place, np.asarray(x))
 
             list(pool.map(fill, own))
-            made |= {path: part.array() for path, part in parts.items()}
+            made |= {path: jax.tree.map(Parts.array, part) for path, part in parts.items()}
     return unflat(made)
+
+
+def _values(
+    row: Row, theirs: np.ndarray | Packed, wanted: Mapping[str, Any], ours: Places
+) -> Iterator[tuple[str, Any]]:
+    """Our parameters, unstacked, in one tensor of theirs, by path."""
+    form = wanted.get(row.paths[0])
+    if isinstance(theirs, np.ndarray):
+        if isinstance(form, QTensor):
+            raise InputError(f"tensor {row.name} is dense in the file and quantised in the model")
+        shapes = [ours[path][len(row.place) :] for path in row.paths]
+        yield from zip(row.paths, row.entry.read(theirs, shapes), strict=True)
+        return
+    if not isinstance(form, QTensor):
+        raise InputError(f"tensor {row.name} is quantised in the file and dense in the model")
+    if not row.entry.transposes(form.layout):
+        ours_are = ", ".join(row.paths)
+        raise InputError(f"tensor {row.name} is quantised and holds {ours_are} in another order: this is not read")
+    try:
+        yield row.paths[0], theirs.read(form)
+    except InputError as error:
+        raise InputError(f"tensor {row.name}: {error}") from None
 
 
 class Parts:
     """A parameter while it is read: a host buffer for each part of it that a device of this process holds."""
 
-    def __init__(self, shape: Shape, sharding: jax.sharding.Sharding | None, dtype: np.dtype[Any]) -> None:
+    def __init__(self, wanted: jax.ShapeDtypeStruct) -> None:
         """Empty buffers."""
-        self.shape, self.sharding = shape, sharding
-        indices = [None] if sharding is None else sharding.addressable_devices_indices_map(shape).values()
+        self.shape, self.sharding = wanted.shape, wanted.sharding
+        sharded = self.sharding is not None
+        indices = self.sharding.addressable_devices_indices_map(self.shape).values() if sharded else [None]
         bounds = {self.bounds(index) for index in indices}
-        self.buffers = {bound: empty(tuple(b - a for a, b in bound), dtype) for bound in bounds}
+        self.buffers = {bound: empty(tuple(b - a for a, b in bound), np.dtype(wanted.dtype)) for bound in bounds}
 
     def bounds(self, index: tuple[slice, ...] | None) -> tuple[tuple[int, int], ...]:
         """First index and end along every axis; None is the whole."""
@@ -366,10 +401,7 @@ def our_shapes(config: Model) -> Places:
 def _found(tensors: Tensors, table: Sequence[Row], family: Family, ours: Places) -> dict[str, str]:
     """For each tensor that the table asks for its name in the file; InputError where files and table differ."""
     wanted = {row.name: row for row in table}
-    found = {}
-    for name in tensors:
-        new = table_name(name, family)
-        found[new if new in wanted or family.prefix + new not in wanted else family.prefix + new] = name
+    found = {named(name, wanted, family): name for name in tensors}
     missing = [name for name in wanted if name not in found]
     if missing:
         holds = ", ".join(wanted[missing[0]].paths)
@@ -388,6 +420,12 @@ def _found(tensors: Tensors, table: Sequence[Row], family: Family, ours: Places)
     return found
 
 
+def named(name: str, wanted: Mapping[str, Row], family: Family) -> str:
+    """What the family's table calls a tensor of a file, which may have another version's name or lack the prefix."""
+    new = table_name(name, family)
+    return new if new in wanted or family.prefix + new not in wanted else family.prefix + new
+
+
 def table_name(name: str, family: Family) -> str:
     """What the family's table calls a tensor that another version may have named."""
     for old, new in family.renamed.items():
@@ -396,13 +434,18 @@ def table_name(name: str, family: Family) -> str:
 
 
 def _check_unexpected(name: str, found: Mapping[str, str], tensors: Tensors, family: Family) -> None:
-    """Raise InputError for a tensor that nobody asked for, unless it holds no weights or repeats another."""
-    original = family.copies.get(name)
-    if re.search(family.ignored, name):
+    """Raise InputError for a tensor that nobody asked for, unless it holds no weights or repeats another.
+
+    A bias of zeros beside a quantised weight is what some writers add to every layer.
+    """
+    original, tensor = family.copies.get(name), tensors[found[name]]
+    weight = tensors.get(found.get(name.removesuffix("bias") + "weight", ""))
+    spare = isinstance(weight, Packed) and isinstance(tensor, np.ndarray) and not tensor.any()
+    if spare or re.search(family.ignored, name):
         return
     if original is None or original not in found:
         raise InputError(
             f"tensor {name} is unexpected: a {family.model_type} model of this config has none of that name"
         )
-    if not np.array_equal(tensors[found[name]], tensors[found[original]]):
+    if not np.array_equal(np.asarray(tensor), np.asarray(tensors[found[original]])):
         raise InputError(f"{name} differs from {original} although the config ties them")

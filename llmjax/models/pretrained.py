@@ -17,7 +17,10 @@ from llmjax.nn.model import Model, Params, Wrapped
 
 @dataclass(frozen=True)
 class FromPretrained(Wrapped):
-    """The model of a folder with config.json and safetensors, which training starts from."""
+    """The model of a folder with config.json and safetensors, which training starts from.
+
+    Where the folder's weights are quantised (GPTQ, AWQ, bitsandbytes in 4 bits), so are the model's, bit for bit.
+    """
 
     path: str = ""
     """the folder, or where huggingface_hub is installed the id of a repository (`owner/name`)"""
@@ -34,21 +37,26 @@ class FromPretrained(Wrapped):
         """The module of the folder's model."""
         return self.base.build()
 
+    def boxed(self) -> Params:
+        """The base's, whose parameters may be quantised."""
+        return self.base.boxed()
+
     def init(self, key: PRNGKeyArray, given: Params | None = None) -> Params:
         """The folder's parameters: nothing is drawn."""
-        return jax.tree.map(jnp.asarray, self.loaded(self.base.abstract())) if given is None else given
+        return jax.tree.map(jnp.asarray, self.loaded(self.abstract())) if given is None else given
 
     def loaded(self, abstract: Params) -> Params:
         """The folder's parameters, each device's part read by its host; host arrays where no sharding is given.
 
-        Raises InputError where the folder holds another model than `base`.
+        Of those that `abstract` leaves out nothing is read. Raises InputError where the folder holds another model than
+        `base`.
         """
         folder = open_hf(folder_of(self.path))
         other = diff(canonical(folder.config), canonical(self.base))
         if other:
             place, theirs, ours = other[0]
             raise InputError(f"{folder.path} holds another model: {place} is {theirs} there and {ours} in the config")
-        return folder.params(abstract)
+        return folder._replace(config=self.base).params(abstract)
 
 
 def folder_of(path: str) -> Path:

@@ -63,7 +63,8 @@ class Model:
     def loaded(self, abstract: Params) -> Params | None:
         """Parameters that come from elsewhere, of the dtypes and in the places that `abstract` says.
 
-        `abstract` holds shape structs with shardings. None of models that draw all of theirs.
+        `abstract` holds shape structs with shardings, of all of them or of those that are wanted. None of models that
+        draw all of theirs.
         """
         return None
 

@@ -5,6 +5,7 @@ from typing import Any
 
 from llmjax.config import with_
 from llmjax.experiment import Experiment
+from llmjax.nn.model import Wrapped
 from llmjax.plan.advice import advice
 from llmjax.plan.chip_memory import verdict
 from llmjax.plan.hlo import Module
@@ -55,9 +56,12 @@ def described(program: Program, target: Target, tokens: float, flops: float) -> 
 
 def flops_all_pairs(experiment: Experiment) -> float:
     """FLOPs a token where causal attention counts every pair, as PaLM (2204.02311) and the older tables do."""
-    for i, block in enumerate(getattr(experiment.model, "pattern", ())):
+    place, model = "model", experiment.model
+    while isinstance(model, Wrapped):
+        place, model = f"{place}.base", model.base
+    for i, block in enumerate(getattr(model, "pattern", ())):
         if getattr(block.mixer, "causal", False):
-            experiment = with_(experiment, f"model.pattern.{i}.mixer.causal", False)
+            experiment = with_(experiment, f"{place}.pattern.{i}.mixer.causal", False)
     return experiment.model.flops_per_token(experiment.data.length)
 
 

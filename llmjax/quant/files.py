@@ -10,22 +10,35 @@ alike.
 
 import json
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Int, Shaped, UInt8
+from jaxtyping import Array, Float, Int, Shaped, UInt8
 
 from llmjax.config import InputError
 from llmjax.quant.double import GROUP, DoubleScales, dynamic_map
+from llmjax.quant.formats import Format
 from llmjax.quant.fp4 import FP4
 from llmjax.quant.integers import Integer
+from llmjax.quant.method import RTN, Statistics
 from llmjax.quant.nf4 import NF4
 from llmjax.quant.tensor import Layout, QTensor, stored
 
 Tensors = Mapping[str, Shaped[np.ndarray, "..."]]
 INTERLEAVED = (0, 2, 4, 6, 1, 3, 5, 7)
+
+
+@dataclass(frozen=True)
+class Reordered(RTN):
+    """Round to nearest, in the form of GPTQ's act-order: the inputs have an order, drawn matrices their own."""
+
+    def quantise(
+        self, w: Float[Array, "outputs inputs"], seen: Statistics | None, form: Format, layout: Layout
+    ) -> QTensor:
+        """As RTN, with the order 0, 1, 2 and so on."""
+        return replace(super().quantise(w, seen, form, layout), order=jnp.arange(layout.rows, dtype=jnp.int32))
 
 
 def from_bitsandbytes(tensors: Tensors, layout: Layout) -> QTensor:
@@ -37,7 +50,7 @@ def from_bitsandbytes(tensors: Tensors, layout: Layout) -> QTensor:
     state = _json(tensors[key])
     form = (NF4 if kind == "nf4" else FP4)(block=state["blocksize"])
     _require(_same(_tensor(tensors, "quant_map"), np.asarray(form.levels)), f"quant_map is not that of {kind}")
-    shape = tuple(state["shape"])
+    shape = shape_of_bitsandbytes(tensors)
     _require(shape == (layout.columns, layout.rows), f"weight {shape} is not {(layout.columns, layout.rows)}")
     size, count = form.size(layout.rows, layout.columns), layout.rows * layout.columns
     rows = layout.columns if layout.rows % size == 0 else 1
@@ -58,6 +71,13 @@ def from_bitsandbytes(tensors: Tensors, layout: Layout) -> QTensor:
     return QTensor(
         codes, DoubleScales(jnp.asarray(scales), jnp.asarray(absmax), jnp.float32(mean)), None, double, layout
     )
+
+
+def shape_of_bitsandbytes(tensors: Tensors) -> tuple[int, int]:
+    """Outputs and inputs of a weight; raises InputError where its state does not tell them."""
+    shape = _json(tensors[_kind(tensors)[0]])["shape"]
+    _require(len(shape) == 2 and all(type(n) is int and n > 0 for n in shape), f"quant_state: shape={shape}")
+    return shape[0], shape[1]
 
 
 def _kind(tensors: Tensors) -> tuple[str, str]:
@@ -138,7 +158,11 @@ def from_awq(tensors: Tensors, layout: Layout) -> QTensor:
 
 def little_endian(words: Int[np.ndarray, "rows words"], bits: int) -> UInt8[np.ndarray, "rows codes"]:
     """Codes of `bits` bits from int32 words: the first in the lowest bits, running across words."""
-    stream = np.unpackbits(np.ascontiguousarray(words, "<i4").view(np.uint8), axis=-1, bitorder="little")
+    data = np.ascontiguousarray(words, "<i4").view(np.uint8)
+    if 8 % bits == 0:
+        shifts = np.arange(0, 8, bits, dtype=np.uint8)
+        return (data[..., None] >> shifts & np.uint8(2**bits - 1)).reshape(words.shape[0], -1)
+    stream = np.unpackbits(data, axis=-1, bitorder="little")
     weights = (1 << np.arange(bits)).astype(np.uint8)
     return (stream.reshape(words.shape[0], -1, bits) * weights).sum(-1, dtype=np.uint8)
 

@@ -16,6 +16,7 @@ import jax
 import numpy as np
 
 from llmjax.config import ConfigError, InputError
+from llmjax.nn.model import merged
 from llmjax.parallel import hosts
 from llmjax.train import checkpoint
 from llmjax.train.early_stopping import EarlyStoppingState
@@ -175,7 +176,9 @@ class Trainer:
             progress = Progress.load(found.progress)
             if not progress.fingerprint:  # parameters that were imported: nothing is known but them
                 progress = Progress(fingerprint=fingerprint)
-                return progress, self.plan.init(self.seed, found.params(self.plan.abstract.params)), step
+                abstract = self.plan.abstract
+                given = merged(found.params(abstract.params), found.frozen(abstract.frozen))
+                return progress, self.plan.init(self.seed, given), step
             if progress.fingerprint != fingerprint:
                 raise InputError(
                     f"{self.run_dir} was trained on other data (fingerprint {progress.fingerprint}, now "

@@ -31,12 +31,12 @@ TOKENS = np.random.default_rng(0).integers(0, 11, (2, 6)).astype(np.int32)
 SMALL = {
     "OFT": {"block": 2, "targets": "blocks/.*/(?!step)[a-z]+$"},
     "OLoRA": {"rank": 1, "alpha": 1.0},
-    "PiSSA": {"rank": 1},
+    "PiSSA": {"rank": 1, "alpha": 1.0},
 }
 """Fields that make a method fit the models, rank 2 where it has one and there is no other.
 
-B of OLoRA has rows of length 1: at a scale of 16 noise makes matrices of entries near 10, whose logits float32 knows to
-1e-4 only (in float64 the two forms agree).
+B of OLoRA has rows of length 1, and A and B of PiSSA are as long as W: at a scale of 16 noise makes matrices of entries
+near 10, whose logits float32 knows to 1e-4 only (in float64 the two forms agree).
 """
 METHODS = subclasses(ProjectionAdapter)
 """Every method that changes matrices, by name."""

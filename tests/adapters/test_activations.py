@@ -233,7 +233,8 @@ def test_gates_of_unipelt(evidence):
         opened = {p: jnp.full_like(x, 1e4) if gate(p) else x for p, x in flat(closed).items()}
         own = {p.replace(f"{name}/of/", f"{name}/"): x for p, x in flat(params).items()}
         theirs = Adapted(base=ONE, adapters=(adapter,))
-        own = {p: x for p, x in own.items() if p in flat(theirs.abstract())}
+        there = flat(theirs.abstract())
+        own = {p: x for p, x in own.items() if p in there}
         evidence.record(relative(logits_of(model)(unflat(opened)), logits_of(theirs)(unflat(own))), 1e-6)
 
 

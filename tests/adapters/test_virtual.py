@@ -92,6 +92,14 @@ def test_a_prompt_of_real_embeddings_is_these_tokens(kind, evidence):
     assert relative(logits_of(model)(params), whole(BASES[kind], TOKENS)) > 1e-2
 
 
+@evidence("G26", oracle="the base with these tokens in front", code="llmjax.adapters.prompt")
+def test_the_last_of_several_prompts_stands_first(evidence):
+    """Each has rows of its own below the table: 1e-5, sums in another order."""
+    one, two = PromptTuning("one", count=2, tokens=(7, 1)), PromptTuning("two", count=1, tokens=(3,))
+    model, params = adapted(GPT2, one, two)
+    evidence.record(relative(logits_of(model)(params), whole(GPT2, before(TOKENS))[:, 3:]), 1e-5)
+
+
 @evidence("G25", oracle="the base with cached tokens in front", code="llmjax.adapters.prefix")
 @bases
 def test_a_prefix_of_cached_tokens_is_these_tokens(kind, evidence):

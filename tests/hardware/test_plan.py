@@ -116,3 +116,18 @@ def test_recipes_take_what_their_files_say(file, target, gib, seconds, mfu, caps
     assert found["hbm_bytes_per_chip"] / 2**30 == pytest.approx(gib, rel=0.03)
     assert found["step_seconds"] == pytest.approx(seconds, rel=0.03)
     assert 100 * found["mfu"] == pytest.approx(mfu, rel=0.03)
+
+
+@pytest.mark.parametrize(("recipe", "memory"), [("llama3_8b.py", 80e9), ("llama3_8b.py:qlora", 24e9)])
+def test_eight_billion_parameters_are_tuned_on_one_gpu(recipe, memory, capsys):
+    """LoRA on a bfloat16 base fits 80 GB, QLoRA 24 GB; the adapters' gradients and moments are 12 bytes a parameter."""
+    found = plan(capsys, str(ROOT / "experiments" / "finetune" / recipe), "--target=h200:1x1x1")
+    assert found["fits"]
+    assert found["hbm_bytes_per_chip"] < memory
+    assert found["memory"]["parameters"] == 4 * 41_943_040
+    assert found["memory"]["optimizer_state"] == pytest.approx(8 * 41_943_040, abs=64)
+    weights = 8_030_261_248
+    bits = {"llama3_8b.py": 16, "llama3_8b.py:qlora": 4.127}[recipe]
+    tables = 2 * 128256 * 4096
+    expected = (weights - tables) * bits / 8 + 2 * tables
+    assert found["memory"]["frozen"] == pytest.approx(expected, rel=1e-3)

@@ -83,14 +83,17 @@ ROW |= {"mistral": "D06", "qwen2": "D08", "pythia": "D09", "neox": "D09", "gptj"
 SMALL = {"18M": (6, 256, 128, 17_637_632), "30M": (6, 384, 1024, 30_339_456)}
 
 
+def marks(name, preset):
+    """The row of its family; of each preset function the first size is in the quick suite."""
+    row, first = ROW.get(name.partition("-")[0], "D16"), next(n for n in PUBLISHED if PUBLISHED[n][0] is preset)
+    found = [evidence(row, oracle="published parameter counts", code=preset.__module__)]
+    return found if name == first else [*found, pytest.mark.matrix]
+
+
 @evidence("D18", oracle="published parameter counts", code="llmjax.nn.model.Model.num_params")
 @pytest.mark.parametrize(
     ("preset", "size", "count"),
-    [
-        pytest.param(*case, marks=evidence(row, oracle="published parameter counts", code=code), id=name)
-        for name, case in PUBLISHED.items()
-        for row, code in [(ROW.get(name.partition("-")[0], "D16"), case[0].__module__)]
-    ],
+    [pytest.param(*case, marks=marks(name, case[0]), id=name) for name, case in PUBLISHED.items()],
 )
 def test_published_counts(preset, size, count, evidence):
     config = preset(size)

@@ -1,18 +1,20 @@
 """Pairwise combinations of the parts of a model and of a run: two steps each, finite, equal to one device.
 
 Every mixer, position encoding, feed-forward layer, packing, wiring, remat and mesh is found by type. A row of the
-covering array holds a group of mixers, one after the other in the pattern, so that few rows meet all pairs.
+covering array holds a group of mixers, one after the other in the pattern, so that few rows meet all pairs; of adapters
+there is one of each kind. That every adapter has a layout on every mixer is a test of its own, which compiles nothing.
 """
 
 import dataclasses
 import itertools
+import re
 
 import jax
 import numpy as np
 import pytest
 
 from llmjax.config import ConfigError, validate
-from llmjax.data import Bytes, Data, InMemory, Packing
+from llmjax.data import Bytes, Data, InMemory, Packing, Padded
 from llmjax.experiment import Experiment
 from llmjax.fields import hints, subclasses
 from llmjax.nn.block import Block
@@ -20,6 +22,7 @@ from llmjax.nn.decoder import Decoder
 from llmjax.nn.distance import DistanceBias
 from llmjax.nn.masks import Full
 from llmjax.nn.mlp import GLU, FeedForward
+from llmjax.nn.model import flat
 from llmjax.nn.positions import LearnedPositions, Positions
 from llmjax.nn.rope import Rope
 from llmjax.nn.rope_scaling import RopeScaling, YaRN
@@ -30,7 +33,9 @@ from llmjax.train.prefetch import put
 from llmjax.train.schedules import Cosine
 from llmjax.train.state import plan
 from llmjax.train.step import Compiled, Step, apply_of
+from tests.adapters.cases import METHODS
 from tests.mixers.cases import CASES, CAUSAL, INIT
+from tests.pairs.changed import EVERY, QUANT, changed, packs
 
 pytestmark = pytest.mark.devices(8)
 
@@ -61,6 +66,8 @@ FACTORS = {
     "order": ["pre", "post", "parallel", "parallel_norms", "branch", "sandwich"],
     "packing": list(subclasses(Packing)),
     "remat": ["none", "dots", "attention", "full"],
+    "adapters": [(), ("LoRA",), ("DoRA",), ("VeRA",), ("IA3",), ("Bottleneck",), ("PrefixTuning",)],
+    "quant": list(QUANT),
     "mesh": [MeshConfig(data=2, fsdp=2, tensor=2), MeshConfig(fsdp=4, tensor=2), MeshConfig(data=8)],
 }
 
@@ -119,6 +126,29 @@ def takes(mixer, fields):
     return False
 
 
+def fitting(base, names, quant, packing):
+    """The adapters that go with the base and the packing; what does not is a config error that says why.
+
+    Those before the first token want rows of one document, a prefix behind gates attention alone, and those that move
+    a part of a matrix one that is no code.
+    """
+    return tuple(name for name in names if fits(changed(base, (name,), quant, False), packing))
+
+
+def fits(model, packing):
+    """Whether a model with one adapter and a packing make a pair."""
+    if not getattr(model, "slots", 0) and not getattr(model.adapters[0], "moves", False):
+        return True
+    try:
+        validate(Experiment(model=model, data=Data(tokenizer=Bytes(), packing=packing, length=16, batch_size=8)))
+        model.boxed()
+    except ConfigError as error:
+        if re.search(r"use Padded\(\)|hidden from a recurrence|which is quantised", str(error)):
+            return False
+        raise
+    return True
+
+
 def experiment(row):
     """The experiment of a row of the covering array."""
     chosen = {name: FACTORS[name][i] for name, i in row.items()}
@@ -133,13 +163,39 @@ def experiment(row):
         fields = {name: value for name, value in fields.items() if name != "distance"}
     model = dict(vocab=257, d_model=16, layers=2 * len(blocks), pattern=tuple(blocks), remat=chosen["remat"], unroll=1)
     source, packing = InMemory(texts=TEXTS, holdout=0.2), subclasses(Packing)[chosen["packing"]]()
+    base = Decoder(**model, **fields, initializer=INIT)
+    fitting_ones = fitting(base, chosen["adapters"], chosen["quant"], packing)
     return Experiment(
-        model=Decoder(**model, **fields, initializer=INIT),
+        model=changed(base, fitting_ones, chosen["quant"], True),
         data=Data(source=source, tokenizer=Bytes(), packing=packing, length=16, batch_size=8),
         optimizer=AdamW(schedule=Cosine(warmup=2)),
         train=Train(steps=2),
         mesh=chosen["mesh"],
     )
+
+
+def layouts():
+    """Every group of adapters on every group of mixers; a third of the pairs is in the suite that CI runs."""
+    adapters = [names for names in packs().values() if names]
+    for (i, pack), (j, group) in itertools.product(enumerate(adapters), enumerate(GROUPS)):
+        mark = pytest.mark.long if (i + j) % 3 else pytest.mark.matrix
+        yield pytest.param(pack, group, marks=mark, id=f"{'+'.join(pack)}-{group[0]}")
+
+
+@pytest.mark.parametrize(("pack", "group"), list(layouts()))
+def test_every_adapter_has_a_layout_on_every_mixer(pack, group):
+    """Each on all matrices of each mixer, four-bit codes below them; and it trains there."""
+    mixers = [CASES[name] for name in group]
+    base = Decoder(vocab=257, d_model=16, layers=len(mixers), pattern=tuple(Block(mixer=m) for m in mixers), unroll=1)
+    names = fitting(base, pack, "nf4", Padded())
+    model = changed(base, names, "nf4", False)
+    trained = flat(plan(model, AdamW(), Train(), FACTORS["mesh"][0].build()).abstract.params)
+    for name in names:
+        method = model.adapters[names.index(name)]
+        there = {path.partition("adapters/")[0] for path in trained if f"adapters/{name}/" in path}
+        assert there
+        if name in METHODS and there != {""}:
+            assert there - {""} == {f"{path}/" for path in method.found(model.base)}
 
 
 def losses(e, mesh, folder):
@@ -174,3 +230,4 @@ def test_every_pair_is_met():
         met = {(row[one], row[two]) for row in rows}
         assert len(met) == len(FACTORS[one]) * len(FACTORS[two])
     assert {name for group in GROUPS for name in group} == set(MIXERS)
+    assert {name for pack in packs().values() for name in pack} == set(EVERY)

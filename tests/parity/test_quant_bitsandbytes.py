@@ -7,9 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+import transformers
 from safetensors.numpy import load_file
 from safetensors.torch import save_file
 
+from llmjax.models.pretrained import FromPretrained
 from llmjax.quant.af4 import AF4
 from llmjax.quant.double import dynamic_map
 from llmjax.quant.files import from_bitsandbytes
@@ -18,7 +20,7 @@ from llmjax.quant.method import RTN
 from llmjax.quant.nf4 import NF4
 from llmjax.quant.quantize import matrices
 from llmjax.quant.report import nbytes
-from llmjax.quant.tensor import Layout
+from llmjax.quant.tensor import Layout, QTensor
 from tests.evidence import evidence
 
 pytestmark = pytest.mark.parity
@@ -118,3 +120,46 @@ def test_its_files(evidence, tmp_path, kind, double, sizes):
     x = normal(3, inputs, seed=1)
     got = jax.jit(lambda x, t: t.dot(x, 1))(jnp.asarray(x), tensor)
     np.testing.assert_allclose(got, layer(torch.from_numpy(x)).detach().numpy(), atol=2e-3)
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory):
+    """A folder of a random LLaMA in float32, whose projections hold whole blocks in a row."""
+    path = tmp_path_factory.mktemp("dense")
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=61,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        initializer_range=0.2,
+    )
+    transformers.LlamaForCausalLM(config).save_pretrained(path)
+    return path
+
+
+@evidence("H12", oracle="logits of transformers from a 4-bit folder that it wrote", code="llmjax.models.packed")
+@pytest.mark.parametrize(("kind", "double"), [("nf4", True), ("nf4", False), ("fp4", True)])
+def test_a_model_that_transformers_saved(evidence, llama, tmp_path, kind, double):
+    """The same codes and scales, so that only the order of float32 sums differs."""
+    config = transformers.BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type=kind,
+        bnb_4bit_use_double_quant=double,
+        bnb_4bit_compute_dtype=torch.float32,
+    )
+    transformers.AutoModelForCausalLM.from_pretrained(
+        llama, quantization_config=config, dtype=torch.float32, device_map="cpu"
+    ).save_pretrained(tmp_path)
+    reference = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32, device_map="cpu")
+    tokens = np.random.default_rng(1).integers(0, 61, (2, 12))
+    with torch.no_grad():
+        want = reference(torch.from_numpy(tokens)).logits.numpy()
+
+    model = FromPretrained(str(tmp_path))
+    params = model.init(jax.random.key(0))
+    assert isinstance(params["blocks"]["0"]["mlp"]["up"]["kernel"], QTensor)
+    got = jax.jit(lambda p: model.build().apply({"params": p}, jnp.asarray(tokens))[0])(params)
+    evidence.record(np.abs(got - want).max() / np.abs(want).max(), 2e-5)

@@ -62,16 +62,17 @@ def test_gptq_of_three_bits():
     np.testing.assert_array_equal(from_gptq(tensors, wide, bits=3).dense(), want)
 
 
+def awq_words(rows):
+    """Rows of codes of 4 bits as int32 words."""
+    found = np.zeros((rows.shape[0], rows.shape[1] // 8), np.int64)
+    for row, word, nibble in np.ndindex(*found.shape, 8):
+        found[row, word] |= int(rows[row, 8 * word + (0, 2, 4, 6, 1, 3, 5, 7)[nibble]]) << (4 * nibble)
+    return found.astype(np.uint32).view(np.int32)
+
+
 def test_awq():
     codes, zeros, scales, group = parts(4, 2)
-
-    def packed(rows):
-        found = np.zeros((len(rows), 2), np.int64)
-        for row, word, nibble in np.ndindex(len(rows), 2, 8):
-            found[row, word] |= int(rows[row, 8 * word + (0, 2, 4, 6, 1, 3, 5, 7)[nibble]]) << (4 * nibble)
-        return found.astype(np.uint32).view(np.int32)
-
-    tensor = from_awq({"qweight": packed(codes), "qzeros": packed(zeros), "scales": scales}, LAYOUT)
+    tensor = from_awq({"qweight": awq_words(codes), "qzeros": awq_words(zeros), "scales": scales}, LAYOUT)
     want = (codes - zeros[group]) * scales[group].astype(np.float32)
     np.testing.assert_array_equal(tensor.dense(), want.reshape(32, 2, 8))
 

@@ -41,14 +41,14 @@ def blockwise(w, form, layout):
     flat = w.reshape(layout.rows, layout.columns).T.reshape(-1)
     size = form.size(layout.rows, layout.columns)
     blocks = [jnp.asarray(flat[i : i + size]) for i in range(0, flat.size, size)]
-    fits = [form.fit(block) for block in blocks]
+    fit, code = jax.jit(form.fit), jax.jit(form.round)
+    fits = [fit(block) for block in blocks]
     scales = [scale for scale, _ in fits]
     if form.double:
         scales = list(double_quantise(jnp.asarray(scales)[None]).values()[0])
     # Codes are those of the scales before they are rounded themselves.
     values = [
-        form.decode(form.round(block, *fit), scale, fit[1])
-        for block, fit, scale in zip(blocks, fits, scales, strict=True)
+        form.decode(code(block, *own), scale, own[1]) for block, own, scale in zip(blocks, fits, scales, strict=True)
     ]
     return np.concatenate(values).reshape(layout.columns, layout.rows).T.reshape(layout.shape)
 

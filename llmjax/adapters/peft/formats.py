@@ -4,13 +4,27 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from llmjax.adapters.adalora import AdaLoRA
 from llmjax.adapters.base import Adapter, ProjectionAdapter
+from llmjax.adapters.dora import DoRA
+from llmjax.adapters.ia3 import IA3
+from llmjax.adapters.loha import LoHa
+from llmjax.adapters.lokr import LoKr
 from llmjax.adapters.lora import LoRA
-from llmjax.adapters.peft.modules import Part
+from llmjax.adapters.oft import OFT
+from llmjax.adapters.olora import OLoRA
+from llmjax.adapters.peft import low_rank, other
+from llmjax.adapters.peft.modules import Module, Part
+from llmjax.adapters.pissa import PiSSA
+from llmjax.adapters.vera import VeRA
 from llmjax.config import InputError
 from llmjax.nn.projections import Projection
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+NORMS = "LN_TUNING"
+"""`peft_type` of a base that trains modules of its own, without an adapter"""
+TUNED = "ln_tuning_layers"
+"""what stands between the names of such a module and of its parameters"""
 
 
 @dataclass(frozen=True)
@@ -26,7 +40,31 @@ class Format:
     write: Callable[[Any], dict[str, Any]]
     """the keys of adapter_config.json that say its fields"""
     read: Callable[[Mapping[str, Any]], Any]
-    """the method of those keys; InputError for what it has not"""
+    """the method of those keys (all formats of one kind have the same); InputError for what it has not"""
+    shared: tuple[Part, ...] = ()
+    """its parameters for the whole model"""
+    refused: tuple[str, ...] = ()
+    """keys that say what our method has not, unless they are empty, false or zero"""
+    bias: str | None = None
+    """what the key `bias` says where biases of adapted modules train too; None where there is no such key"""
+    joins: bool = False
+    """whether parts of a fused module that differ are one adapter of higher rank"""
+    single: bool = False
+    """whether a module must be one projection, its features in our order"""
+    tables: bool = False
+    """whether tables that are looked up can be changed"""
+    idle: bool = True
+    """whether parameters that are zero change nothing"""
+
+    def check(self, module: Module) -> None:
+        """Raise InputError for a module that the method changes in another way than ours."""
+        if self.tables < (module.projections[0].leaf == "embedding"):
+            raise InputError(f"{self.kind} of the table {module.name} is not what peft has: use other targets")
+        if self.single and not (len(module.projections) == 1 and module.ordered):
+            raise InputError(
+                f"{module.name} holds {', '.join(module.paths)}, side by side or in another order: of such a module "
+                f"{self.method.__name__} is another function"
+            )
 
 
 def format_of(adapter: Adapter) -> Format:
@@ -38,35 +76,70 @@ def format_of(adapter: Adapter) -> Format:
     return found
 
 
-def lora_parts(adapter: LoRA, projection: Projection) -> tuple[Part, ...]:
-    """A and B."""
-    looked_up = projection.leaf == "embedding"
-    names = ("lora_embedding_A", "lora_embedding_B") if looked_up else ("lora_A.weight", "lora_B.weight")
-    return Part("a", names[0], "r I -> I r"), Part("b", names[1], "O r -> r O")
-
-
-def lora_config(adapter: LoRA) -> dict[str, Any]:
-    """LoRA's keys."""
-    return {
-        "r": adapter.rank,
-        "lora_alpha": adapter.alpha,
-        "lora_dropout": adapter.dropout,
-        "use_rslora": adapter.stabilised,
-        "bias": "none",
-    }
-
-
-def lora_of(theirs: Mapping[str, Any]) -> LoRA:
-    """Our LoRA."""
-    for key in ("use_dora", "use_qalora", "lora_bias"):
+def read_config(theirs: Mapping[str, Any]) -> tuple[Format, Any]:
+    """The format and the method that adapter_config.json says; raises InputError for what is not read."""
+    kind = next(form for form in FORMATS if form.kind == theirs["peft_type"])
+    for key in kind.refused:
         if theirs.get(key):
             raise InputError(f"{CONFIG}: {key} is not read")
-    return LoRA(
-        rank=theirs.get("r", 8),
-        alpha=float(theirs.get("lora_alpha", 8)),
-        dropout=float(theirs.get("lora_dropout", 0.0)),
-        stabilised=bool(theirs.get("use_rslora", False)),
-    )
+    method = kind.read(theirs)
+    return format_of(method), method
 
 
-FORMATS: tuple[Format, ...] = (Format("LORA", LoRA, lora_parts, lora_config, lora_of),)
+LORA: dict[str, Any] = {
+    "kind": "LORA",
+    "write": low_rank.lora_config,
+    "read": low_rank.lora_of,
+    "bias": "lora_only",
+    "refused": (
+        "use_qalora",
+        "lora_bias",
+        "layer_replication",
+        "target_parameters",
+        "trainable_token_indices",
+        "alora_invocation_tokens",
+        "arrow_config",
+        "use_bdlora",
+        "kasa_config",
+        "monteclora_config",
+        "velora_config",
+    ),
+}
+DROPPED = ("rank_dropout", "module_dropout", "rank_pattern", "alpha_pattern")
+FORMATS: tuple[Format, ...] = (
+    Format(method=LoRA, parts=low_rank.lora_parts, joins=True, tables=True, **LORA),
+    Format(method=DoRA, parts=low_rank.dora_parts, joins=True, tables=True, idle=False, **LORA),
+    Format(method=PiSSA, parts=low_rank.lora_parts, single=True, idle=False, **LORA),
+    Format(method=OLoRA, parts=low_rank.lora_parts, single=True, idle=False, **LORA),
+    Format(
+        "ADALORA",
+        AdaLoRA,
+        low_rank.adalora_parts,
+        low_rank.adalora_config,
+        low_rank.adalora_of,
+        refused=LORA["refused"],
+        bias="lora_only",
+    ),
+    Format(
+        "VERA",
+        VeRA,
+        other.vera_parts,
+        other.vera_config,
+        other.vera_of,
+        shared=other.VERA_SHARED,
+        bias="vera_only",
+        single=True,
+    ),
+    Format("IA3", IA3, other.ia3_parts, other.ia3_config, other.ia3_of, idle=False),
+    Format("LOHA", LoHa, other.loha_parts, other.loha_config, other.loha_of, refused=DROPPED),
+    Format("LOKR", LoKr, other.lokr_parts, other.lokr_config, other.lokr_of, refused=DROPPED, single=True),
+    Format(
+        "OFT",
+        OFT,
+        other.oft_parts,
+        other.oft_config,
+        other.oft_of,
+        refused=("coft", "block_share", "module_dropout"),
+        bias="oft_only",
+    ),
+)

@@ -9,12 +9,16 @@ from collections.abc import Mapping
 from typing import NamedTuple
 
 from llmjax.models.families import family_of
-from llmjax.models.mapping import Entry, Row, rows
+from llmjax.models.mapping import Entry, Row, layout, rows
 from llmjax.nn.model import Model
 from llmjax.nn.projections import Projection, projections
 
 PREFIX = "base_model.model."
 """what peft puts before the name of a module"""
+SHARED = "base_model."
+"""what it puts before that of a parameter of the whole adapter"""
+TIED = "embed/embedding"
+"""our table of tokens, which may be the head too"""
 
 
 class Part(NamedTuple):
@@ -26,6 +30,8 @@ class Part(NamedTuple):
     """their name, after the module's"""
     pattern: str
     """from their axes to ours; I and O are those of a projection's inputs and outputs"""
+    sign: float = 1.0
+    """-1 where theirs is the negative of ours"""
 
 
 class Module(NamedTuple):
@@ -39,6 +45,14 @@ class Module(NamedTuple):
     def paths(self) -> tuple[str, ...]:
         """Our modules."""
         return tuple(path.rpartition("/")[0] for path in self.row.paths)
+
+    @property
+    def ordered(self) -> bool:
+        """Whether the axes of inputs, and those of outputs, stand in the order of ours."""
+        form = layout(self.row.entry.pattern)
+        inner = {axis for group in form.merged[: len(self.projections[0].inputs)] for axis in group}
+        theirs, ours = (sorted(axes, key=lambda axis: axis in inner) for axes in (form.theirs, form.ours))
+        return theirs == ours
 
     def entry(self, part: Part) -> Entry:
         """Where a parameter of an adapter stands: the weight's pattern, cut to the axes that `part` has."""
@@ -65,7 +79,7 @@ def modules_of(base: Model) -> dict[str, Module]:
     result = {}
     for row in rows(base, family):
         own = tuple(found.get(path.rpartition("/")[0]) for path in row.paths)
-        if getattr(base, "tied", False) and row.paths == ("embed/embedding",):
+        if getattr(base, "tied", False) and row.paths == (TIED,):
             continue  # peft adapts the look-ups and not the head that shares the table
         if all(p is not None and path.endswith(f"/{p.leaf}") for p, path in zip(own, row.paths, strict=True)):
             name = row.name.removesuffix(".weight")

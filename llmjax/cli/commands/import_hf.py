@@ -15,7 +15,7 @@ from llmjax.data import Data, TokenizerJson
 from llmjax.experiment import Experiment, save
 from llmjax.models.hf import CONFIG, Folder, copy_companions, open_hf, read_json
 from llmjax.models.pretrained import folder_of
-from llmjax.nn.model import Params
+from llmjax.nn.model import Params, split
 from llmjax.train import checkpoint
 from llmjax.train.loop import Progress
 from llmjax.train.process import use_compilation_cache
@@ -35,11 +35,11 @@ def run(arguments: Namespace) -> dict[str, Any]:
     use_compilation_cache()
     with experiment.mesh.in_force():
         target = plan(experiment.model, experiment.optimizer, experiment.train, experiment.mesh.build())
-    params = folder.params(target.abstract.params)
+    params = folder.params(target.abstract.model_params)
     copy_companions(folder.path, run_dir / PRETRAINED)
     shutil.copyfile(folder.path / CONFIG, run_dir / PRETRAINED / CONFIG)
     save(experiment, run_dir, arguments.argv)
-    write(run_dir, params)
+    write(run_dir, *split(params, experiment.model.trains))
     count = experiment.model.num_params()
     print(f"{run_dir}: {folder.family.model_type}, {short(count)} parameters")
     return {"model_type": folder.family.model_type, "params": count, "run_dir": arguments.run_dir}
@@ -69,9 +69,9 @@ def special_tokens(folder: Path) -> dict[str, str]:
     return {name: text for name, text in texts.items() if isinstance(text, str)}
 
 
-def write(run_dir: Path, params: Params) -> None:
+def write(run_dir: Path, params: Params, frozen: Params) -> None:
     """Write the parameters as the checkpoint of step 0: nothing is known of an optimizer, or of data."""
-    state = State(params, opt_state=(), ema=None, loss_scale=None, bad=jnp.zeros((), jnp.int32), frozen={})
+    state = State(params, opt_state=(), ema=None, loss_scale=None, bad=jnp.zeros((), jnp.int32), frozen=frozen)
     writer = checkpoint.Writer(run_dir, keep_last=1, keep_best=0)
     try:
         writer.save(0, state, asdict(Progress()), None)
