@@ -26,7 +26,7 @@ endif
 DEMO_PROMPT ?= The for statement is used to
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-test setup-parity setup-hardware demo test lint format evidence slow multiprocess matrix mixers long parity \
+.PHONY: help setup setup-test setup-parity setup-hardware demo test lint format evidence slow multiprocess matrix mixers adapters long parity \
 	hardware newer full clean
 
 help:  ## list the targets
@@ -104,6 +104,9 @@ multiprocess: setup-test  ## several jax processes on loopback
 matrix: setup-test  ## every leaf of every config
 	$(PYTEST) -m "matrix and not long" $(ARGS)
 
+adapters: setup-test  ## every adapter and quantisation method: laws, oracles; ARGS='-k DoRA' narrows them
+	$(PYTEST) -m "adapters and not long" $(ARGS)
+
 mixers: setup-test  ## every sequence mixer and stack: laws, oracles, transformations; ARGS='-k Mamba' narrows them
 	$(PYTEST) -m "mixers and not long" $(ARGS)
 
@@ -121,7 +124,7 @@ newer: setup-test  ## the subset CI runs with the newest Python and jax: make ne
 	$(VENV)/bin/llmjax train experiments/quickstart.py --run-dir=$(DEMO_DIR) --train.steps=3
 	$(PYTEST) $(wildcard $(NEWER_TESTS)) $(ARGS)
 
-full: test lint slow multiprocess matrix mixers long parity hardware  ## everything
+full: test lint slow multiprocess matrix mixers adapters long parity hardware  ## everything
 
 clean:  ## remove environments, caches and test records (never runs/)
 	rm -rf $(VENV) $(PARITY_VENV) $(HARDWARE_VENV) .venv-newer .cache .evidence .pytest_cache .ruff_cache .hypothesis \

@@ -45,10 +45,10 @@ CODE = str(Path(os.__file__).parent / "[a-h]*.py")
 
 def experiment() -> Experiment:
     """LoRA of rank 8 on all linear layers."""
-    return adapted("lora", LoRA(rank=8), 3e-3)
+    return _adapted("lora", LoRA(rank=8), 3e-3)
 
 
-def tuned(name: str, model: Model, learning_rate: float) -> Experiment:
+def _tuned(name: str, model: Model, learning_rate: float) -> Experiment:
     """200 updates of 8 rows of at most 128 tokens."""
     return Experiment(
         name=name,
@@ -66,71 +66,72 @@ def tuned(name: str, model: Model, learning_rate: float) -> Experiment:
     )
 
 
-def base() -> Model:
-    """The exported model."""
-    return FromPretrained(BASE)
+def _base() -> Model:
+    """The exported model, and what it is without being asked."""
+    block = Block(mixer=Attention(heads=4), mlp=GLU())
+    return FromPretrained(BASE, base=Decoder(vocab=2048, d_model=256, layers=4, pattern=(block,), tied=True))
 
 
-def adapted(name: str, adapter: Adapter, learning_rate: float) -> Experiment:
+def _adapted(name: str, adapter: Adapter, learning_rate: float) -> Experiment:
     """The base with one adapter."""
-    return tuned(name, Adapted(base=base(), adapters=(adapter,)), learning_rate)
+    return _tuned(name, Adapted(base=_base(), adapters=(adapter,)), learning_rate)
 
 
 def full() -> Experiment:
     """All parameters."""
-    return tuned("full", base(), 1e-3)
+    return _tuned("full", _base(), 1e-3)
 
 
 def qlora() -> Experiment:
     """LoRA of rank 8 on a base in NF4, its scales in 8 bits."""
-    model = Adapted(base=Quantised(base=base(), quantize=Quantize()), adapters=(LoRA(rank=8),))
-    return tuned("qlora", model, 3e-3)
+    model = Adapted(base=Quantised(base=_base(), quantize=Quantize()), adapters=(LoRA(rank=8),))
+    return _tuned("qlora", model, 3e-3)
 
 
 def dora() -> Experiment:
     """DoRA of rank 8."""
-    return adapted("dora", DoRA(rank=8), 3e-3)
+    return _adapted("dora", DoRA(rank=8), 3e-3)
 
 
 def pissa() -> Experiment:
     """PiSSA of rank 8: LoRA that starts from the largest singular vectors."""
-    return adapted("pissa", PiSSA(rank=8), 1e-3)
+    return _adapted("pissa", PiSSA(rank=8), 1e-3)
 
 
 def vera() -> Experiment:
     """VeRA of rank 64."""
-    return adapted("vera", VeRA(rank=64), 3e-2)
+    return _adapted("vera", VeRA(rank=64), 3e-2)
 
 
 def ia3() -> Experiment:
     """IA3."""
-    return adapted("ia3", IA3(), 3e-2)
+    return _adapted("ia3", IA3(), 3e-2)
 
 
 def bottleneck() -> Experiment:
     """Houlsby's adapters of width 16."""
-    return adapted("bottleneck", Bottleneck(size=16), 3e-3)
+    return _adapted("bottleneck", Bottleneck(size=16), 3e-3)
 
 
 def norms() -> Experiment:
     """The norms' scales alone."""
-    return tuned("norms", Adapted(base=base(), trained="norm/scale$"), 3e-2)
+    return _tuned("norms", Adapted(base=_base(), trained="norm/scale$"), 3e-2)
 
 
 def prompt() -> Experiment:
     """20 virtual tokens before the input."""
-    return adapted("prompt", PromptTuning(count=20), 1e-1)
+    return _adapted("prompt", PromptTuning(count=20), 1e-1)
 
 
 def prefix() -> Experiment:
     """20 virtual keys and values in every layer."""
-    return adapted("prefix", PrefixTuning(count=20), 1e-1)
+    return _adapted("prefix", PrefixTuning(count=20), 1e-1)
 
 
 def tiny() -> Experiment:
     """QLoRA on a random model of one layer, to see that all of it runs: seconds on a CPU."""
     small = Decoder(vocab=257, d_model=64, layers=1, pattern=(Block(mixer=Attention(heads=2), mlp=GLU()),))
     model = Adapted(base=Quantised(base=small), adapters=(LoRA(rank=4),))
-    run = tuned("tiny", model, 3e-3)
+    run = _tuned("tiny", model, 3e-3)
     data = replace(run.data, tokenizer=Bytes(), length=64)
     return replace(run, data=data, train=replace(run.train, steps=20, eval_every=20, eval_batches=2, log_every=5))

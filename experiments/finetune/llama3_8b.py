@@ -3,9 +3,10 @@
 What:   rank 16 on all linear layers (41.9M parameters of 8.03B), rows of 2,048 tokens of your own texts, an update for
         16 rows. The base is read from the folder as it is published; `llmjax export RUN_DIR PATH` writes peft's files,
         with --merge the whole model.
-Cost:   estimated by `llmjax plan --target=h200:1x1x1`, no GPU has run it (4 rows at a time; 32,768 tokens an update):
-        LoRA 20.3 GiB, of which the base is 15.0; 3.06 s an update, MFU 34.5 %. QLoRA 10.7 GiB, base 5.3 (tables and head
-        in bfloat16 are 2.0 of it); 3.04 s, MFU 34.7 %. Attention's loops are counted once, as if it were free.
+Cost:   estimated by `llmjax plan --target=h200:1x1x1`, no GPU has run it (4 rows at a time; 32,768 tokens a step). LoRA
+        20.3 GiB, of which the base is 15.0; 3.06 s a step, MFU 34.5 %. QLoRA 10.7 GiB, base 5.3 (tables and head in
+        bfloat16 are 2.0 of it); 3.04 s, MFU 34.7 %. Attention's loops are counted once, as if it were free.
+Expect: not known: no GPU has trained it yet.
 Run:    llmjax train experiments/finetune/llama3_8b.py --data.source.path=texts.jsonl --run-dir=runs/lora
         llmjax plan experiments/finetune/llama3_8b.py:qlora --target=h200:1x1x1
 """
@@ -36,21 +37,21 @@ LINEAR = LoRA(rank=16, alpha=16.0, dropout=0.05)
 
 def experiment() -> Experiment:
     """LoRA on a base in bfloat16: fits 80 GB."""
-    return tuned("llama3_8b_lora", Adapted(base=base(), adapters=(LINEAR,), frozen_dtype="bfloat16"), accumulate=4)
+    return _tuned("llama3_8b_lora", Adapted(base=_base(), adapters=(LINEAR,), frozen_dtype="bfloat16"), accumulate=4)
 
 
 def qlora() -> Experiment:
     """LoRA on a base in NF4, its scales in 8 bits, the rest in bfloat16: fits 24 GB."""
-    packed = Quantised(base=base(), quantize=Quantize(rest="bfloat16"))
-    return tuned("llama3_8b_qlora", Adapted(base=packed, adapters=(LINEAR,), frozen_dtype="bfloat16"), accumulate=4)
+    packed = Quantised(base=_base(), quantize=Quantize(rest="bfloat16"))
+    return _tuned("llama3_8b_qlora", Adapted(base=packed, adapters=(LINEAR,), frozen_dtype="bfloat16"), accumulate=4)
 
 
-def base() -> Model:
+def _base() -> Model:
     """The published model; blocks are computed again in the backward pass."""
     return FromPretrained(BASE, base=replace(llama31("8B"), remat="full", unroll=1))
 
 
-def tuned(name: str, model: Model, accumulate: int) -> Experiment:
+def _tuned(name: str, model: Model, accumulate: int) -> Experiment:
     """1,000 updates of 16 rows."""
     return Experiment(
         name=name,
@@ -80,7 +81,7 @@ def tiny() -> Experiment:
         vocab=257, d_model=64, layers=1, pattern=(Block(mixer=Attention(heads=2), mlp=GLU()),), remat="full"
     )
     packed = Quantised(base=small, quantize=Quantize(rest="bfloat16"))
-    run = tuned(
+    run = _tuned(
         "tiny", Adapted(base=packed, adapters=(replace(LINEAR, rank=4),), frozen_dtype="bfloat16"), accumulate=4
     )
     texts = tuple(f"{i} and {i} are {2 * i}, {i} times {i} is {i * i}. " * 4 for i in range(200))

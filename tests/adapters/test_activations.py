@@ -28,6 +28,8 @@ from llmjax.parallel.mesh import RULES
 from tests.adapters.cases import MODELS, TOKENS, base_params, logits_of, shaken
 from tests.evidence import evidence
 
+pytestmark = pytest.mark.adapters
+
 BASE = dataclasses.replace(MODELS["attention"], remat="none", unroll=1)
 ONE = Decoder(
     vocab=11, d_model=8, layers=1, pattern=(Block(mixer=Attention(heads=2), mlp=MLP(d_ff=12, activation="relu")),)

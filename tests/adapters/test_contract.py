@@ -14,12 +14,14 @@ from llmjax.parallel.mesh import RULES
 from tests.adapters.cases import METHODS, MODELS, TOKENS, adapted_params, base_params, logits_of, shaken, small
 from tests.evidence import evidence
 
-every = pytest.mark.parametrize("name", METHODS)
+every = pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[] if name == "LoRA" else pytest.mark.adapters) for name in METHODS]
+)
 # On the second model most methods differ in nothing but their own formula: LoRA is there in the quick suite.
 both = pytest.mark.parametrize(
     ("name", "kind"),
     [
-        pytest.param(name, kind, marks=[] if kind == "attention" or name == "LoRA" else pytest.mark.matrix)
+        pytest.param(name, kind, marks=[] if name == "LoRA" else pytest.mark.adapters)
         for name in METHODS
         for kind in MODELS
     ],

@@ -25,6 +25,8 @@ from tests.adapters.cases import MODELS, logits_of
 from tests.evidence import evidence
 from tests.models.golden import random_params
 
+pytestmark = pytest.mark.adapters
+
 RANDOM = np.random.default_rng(0)
 P = Projection((12,), (2, 4), ("d_model", "heads", "head_dim"))
 GATES = ("projected", "sigmoid", "clamped", "hard_sigmoid")

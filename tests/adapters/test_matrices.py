@@ -28,6 +28,8 @@ from tests.adapters.cases import MODELS, TOKENS
 from tests.evidence import evidence
 from tests.models.golden import random_params
 
+pytestmark = pytest.mark.adapters
+
 P = Projection((12,), (2, 4), ("d_model", "heads", "head_dim"))
 RANDOM = np.random.default_rng(0)
 KERNEL = RANDOM.normal(size=(12, 2, 4)).astype(np.float32)

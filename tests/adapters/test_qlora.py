@@ -31,7 +31,7 @@ from tests.adapters.cases import MODELS, base_params, logits_of, shaken
 from tests.evidence import evidence
 from tests.train.tiny import differing, tiny
 
-models = pytest.mark.parametrize("kind", ["attention", pytest.param("mamba and experts", marks=pytest.mark.matrix)])
+models = pytest.mark.parametrize("kind", ["attention", pytest.param("mamba and experts", marks=pytest.mark.adapters)])
 NF4_DOUBLE = Quantize(format=NF4(block=4, double=True))
 
 

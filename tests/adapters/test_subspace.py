@@ -15,6 +15,8 @@ from llmjax.nn.model import flat
 from tests.adapters.cases import MODELS
 from tests.evidence import evidence
 
+pytestmark = pytest.mark.adapters
+
 FORMS = {"dense": dense, "fastfood": fastfood}
 
 

@@ -37,6 +37,8 @@ from llmjax.parallel.mesh import MeshConfig
 from tests.adapters.cases import TOKENS, logits_of, shaken
 from tests.evidence import evidence
 
+pytestmark = pytest.mark.adapters
+
 GPT2 = dataclasses.replace(gpt2("18M", vocab=11), d_model=8, layers=2, positions=LearnedPositions(32))
 GPT2 = dataclasses.replace(
     GPT2, pattern=(dataclasses.replace(GPT2.pattern[0], mixer=dataclasses.replace(GPT2.pattern[0].mixer, heads=2)),)

@@ -26,6 +26,8 @@ from llmjax.quant.smooth import SmoothQuant, fold, smoothing
 from llmjax.quant.tensor import Layout
 from tests.evidence import evidence
 
+pytestmark = pytest.mark.adapters
+
 
 def normal(*shape, seed=0):
     return np.random.default_rng(seed).normal(size=shape).astype(np.float32)

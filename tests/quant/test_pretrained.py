@@ -34,6 +34,8 @@ from llmjax.train.state import plan
 from tests.models.golden import TOLERANCE, logits, loss, random_params, relative_error
 from tests.quant.test_files import awq_words, words
 
+pytestmark = pytest.mark.adapters
+
 pytestmark = pytest.mark.devices(4)
 
 LLAMA = replace(llama2(vocab=29), d_model=32, layers=2)
@@ -173,7 +175,7 @@ def dense(tmp_path_factory):
 
 
 @pytest.mark.parametrize(
-    "sizes", [{}, pytest.param({"fsdp": 2, "tensor": 2}, marks=pytest.mark.matrix)], ids=["one device", "four"]
+    "sizes", [{}, pytest.param({"fsdp": 2, "tensor": 2}, marks=pytest.mark.adapters)], ids=["one device", "four"]
 )
 def test_quantised_while_it_is_read(dense, sizes, monkeypatch):
     """The tree is that of quantising the whole, and on the way there is at most one dense matrix beside it."""

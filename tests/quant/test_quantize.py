@@ -26,6 +26,8 @@ from llmjax.quant.report import errors, memory, rounding_errors
 from llmjax.quant.tensor import QTensor
 from tests.evidence import evidence
 
+pytestmark = pytest.mark.adapters
+
 MODEL = Decoder(vocab=19, d_model=16, layers=2, unroll=1)
 TOKENS = np.random.default_rng(0).integers(0, 19, (3, 12))
 
