@@ -139,7 +139,10 @@ def test_every_verb_explains_itself_with_an_example_that_it_understands(verb: st
     ("words", "line"),
     [
         (("trian",), "unknown verb trian: did you mean train?"),
-        (("xyz",), "unknown verb xyz: the verbs are train, eval, generate, show, plan, launch, list, plot, diff"),
+        (
+            ("xyz",),
+            "unknown verb xyz: the verbs are train, eval, generate, show, plan, launch, import, export, list, plot, diff",
+        ),
         (("train",), "llmjax train: the following arguments are required: EXPERIMENT: see llmjax train --help"),
         (("plot", "a", "--ouf=b"), "llmjax plot does not know --ouf=b: did you mean --out?"),
         (("train", "nowhere.py"), "cannot read the experiment file nowhere.py: No such file or directory"),

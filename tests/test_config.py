@@ -216,7 +216,7 @@ def test_union_default_is_kept():
         ("--optimizer.betas=0.9", "optimizer.betas=0.9: expected (float, float)"),
         ("--optimizer.betas=(0.9, x)", "optimizer.betas.1=x: expected float"),
         ("--optimizer.colour=green", "optimizer.colour=green: expected RED or BLUE"),
-        ("--model.dtype=bf16", "model.dtype=bf16: expected float32, bfloat16 or none"),
+        ("--model.dtype=bf16", "model.dtype=bf16: expected float32 or bfloat16 or none"),
         ("--model.attention=Gqq", "model.attention=Gqq: expected Gqa (Gqa, Latent) or Ssm: did you mean Gqa?"),
         ("--model.pattern.0.mixer=Mix", "model.pattern.0.mixer=Mix: expected Mix (Gqa, Latent, Ssm)"),
         ("--model.pattern.0.mixer=None", "model.pattern.0.mixer=None: expected Mix (Gqa, Latent, Ssm)"),
