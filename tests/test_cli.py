@@ -141,7 +141,10 @@ def test_every_verb_explains_itself_with_an_example_that_it_understands(verb: st
         (("trian",), "unknown verb trian: did you mean train?"),
         (
             ("xyz",),
-            "unknown verb xyz: the verbs are train, eval, generate, show, plan, launch, import, export, list, plot, diff",
+            (
+                "unknown verb xyz: the verbs are train, eval, generate, show, plan, launch, "
+                "import, export, list, plot, diff"
+            ),
         ),
         (("train",), "llmjax train: the following arguments are required: EXPERIMENT: see llmjax train --help"),
         (("plot", "a", "--ouf=b"), "llmjax plot does not know --ouf=b: did you mean --out?"),
