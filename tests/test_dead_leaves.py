@@ -54,6 +54,7 @@ EXEMPT = {
     "model.pattern.1.cross": "has no place in a decoder (tests/mixers/test_leaves.py)",
     "model.pattern.0.mixer.causal": "has one value in a decoder (tests/mixers/test_leaves.py)",
     "model.pattern.1.mixer.causal": "has one value in a decoder (tests/mixers/test_leaves.py)",
+    "model.pattern.1.mixer.qk_norm_over": "matters only where there is a qk_norm; that of block 0 is alive",
     "model.pattern.0.mixer.rope.sections": "matters only where positions have several axes (tests/nn/test_rope.py)",
     "mesh.slices": "orders devices by the network between them (tests/parallel/test_mesh.py)",
     "mesh.microbatches": "matters only where there are stages (tests/parallel/test_pipeline.py)",
@@ -244,7 +245,7 @@ def swaps() -> dict[str, tuple[str, Any]]:
     rest = {
         f"optimizer {name}": ("optimizer", cls(groups=GROUPS))
         for name, cls in subclasses(Optimizer).items()
-        if cls is not AdamW
+        if name not in ("AdamW", "GatedAdamW", "RankBudgetAdamW")  # the base's, and those that want adapters to prune
     }
     rest |= {
         f"schedule {name}": ("optimizer.schedule", cls(warmup=2))
