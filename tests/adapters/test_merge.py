@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from llmjax.adapters import Adapted, LoRA
-from llmjax.adapters.arithmetic import applied, concatenated, dropped, task_vector, ties, trimmed, weighted_sum
+from llmjax.adapters.arithmetic import applied, concatenated, dare, dropped, task_vector, ties, trimmed, weighted_sum
 from llmjax.adapters.dora import DoRA
 from llmjax.adapters.extraction import extracted
 from llmjax.adapters.interference import against_chance, cosine, overlap
@@ -137,6 +137,10 @@ def test_dare_keeps_the_mean():
     assert abs(float(jnp.mean(thin["a"])) - 1) < 5 * 3 / 300
     assert abs(float(jnp.mean(thin["b"])) - 2) < 5 * 2 * 3 / math.sqrt(1000)
     assert not np.array_equal(thin["a"].reshape(-1)[:1000] > 0, thin["b"] > 0)
+    # A sum of two, each thinned by a draw of its own, so that some places keep one alone.
+    both = dare((vector["a"], vector["a"]), (1.0, 2.0), 0.1, jax.random.key(0))
+    assert set(np.unique(both)) == {0.0, 10.0, 20.0, 30.0}
+    assert abs(float(jnp.mean(both)) - 3) < 5 * math.sqrt(5) * 3 / 300
 
 
 @evidence("G40", oracle="closed forms: the same, disjoint and random changes", code="llmjax.adapters.interference")

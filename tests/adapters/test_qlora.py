@@ -17,6 +17,7 @@ from llmjax.nn.model import flat, merged, split, unflat
 from llmjax.nn.stored import Stored
 from llmjax.parallel.mesh import MeshConfig
 from llmjax.plan.one_device import activation_bytes, nbytes
+from llmjax.quant.gptq import GPTQ
 from llmjax.quant.nf4 import NF4
 from llmjax.quant.quantised import Quantised
 from llmjax.quant.quantize import Quantize
@@ -134,8 +135,6 @@ def test_seven_billion_parameters_in_four_bits():
 
 def test_methods_that_need_data_are_refused():
     """GPTQ cannot be a part of an experiment: it must see data first."""
-    from llmjax.quant.gptq import GPTQ
-
     with pytest.raises(ConfigError, match="quantize.method.*must see data first"):
         validate(Quantised(base=MODELS["attention"], quantize=Quantize(method=GPTQ())))
 
