@@ -129,7 +129,7 @@ def test_matrices_that_are_handed_out_are_adapted_and_quantised():
     models = [Adapted(base=base, adapters=(LoRA(rank=2, targets="_up$"),)) for base in bases]
     start = models[0].init(jax.random.key(1), params)
     np.testing.assert_array_equal(logits(models[0], start), plain)
-    shaken = unflat({path: x + 0.3 if path.endswith("lora/b") else x for path, x in flat(start).items()})
+    shaken = unflat({path: x + 0.3 if path.endswith("adapters/default/b") else x for path, x in flat(start).items()})
     one, other = (logits(model, shaken) for model in models)
     assert np.abs(one - other).max() < 1e-5 * np.abs(one).max() < 1e-2 * np.abs(one - plain).max()
 
