@@ -76,7 +76,7 @@ def _marked(nodeid: str, rows: list[dict]) -> bool:
     if not source.exists():
         return False
     text = source.read_text()
-    if not all(f'"{row["row"]}"' in text for row in rows):
+    if not all(re.search(rf'"{row["row"]}\b', text) for row in rows):
         return False
     return any(isinstance(node, ast.FunctionDef) and node.name == parts[-1] for node in ast.walk(ast.parse(text)))
 

@@ -19,7 +19,7 @@ from llmjax.nn.mlp import MLP, FeedForward
 from llmjax.nn.model import Features, Model, readout
 from llmjax.nn.norms import LayerNorm, Norm
 from llmjax.nn.sites import site
-from llmjax.nn.stack import Repeat
+from llmjax.nn.stack import Repeat, remembering
 from llmjax.nn.visual_tokens import Projector, ProjectorModule
 from llmjax.nn.vit import ViT, ViTModule
 
@@ -181,7 +181,7 @@ class GatedDecoderModule(DecoderModule):
 
     def body(self) -> tuple[type[nn.Module], tuple[Any, ...]]:
         """The module of one repeat, a gated layer before it where there is a memory, and what it is made from."""
-        return super().body() if self.memory is None else (GatedRepeat, (self.config, self.gated))
+        return super().body() if self.memory is None else (GatedRepeat, (self.gated,))
 
 
 class GatedRepeat(Repeat):
@@ -193,5 +193,6 @@ class GatedRepeat(Repeat):
     def __call__(self, x: Any, context: Context, state: dict[str, Any] | None) -> tuple[Any, dict[str, Any] | None]:
         """Run the gated layer, then the blocks."""
         c = self.config
-        x = GatedCrossAttentionModule(self.gated, c.d_model, c.layers, c.initializer, name="gated")(x, context)
+        layer = remembering(c, GatedCrossAttentionModule)
+        x = layer(self.gated, c.d_model, c.layers, c.initializer, name="gated")(x, context)
         return super().__call__(x, context, state)

@@ -32,7 +32,7 @@ class Stack:
     d_model: int = 128
     """width of the residual stream"""
     layers: int = 4
-    """number of blocks, a multiple of the pattern's length"""
+    """number of blocks, a multiple of the pattern's length; 0 for embeddings that go straight to the head"""
     pattern: tuple[Block, ...] = (Block(),)
     """the blocks that are repeated; parameters are stacked over the repeats"""
     norm: Norm | None = RMSNorm()
@@ -56,9 +56,9 @@ class Stack:
 
     def problems(self) -> Iterator[tuple[str, str]]:
         """Fields that contradict each other, blocks and their mixers included."""
-        for name in ("d_model", "layers", "unroll"):
-            if getattr(self, name) < 1:
-                yield name, "must be at least 1"
+        for name, least in (("d_model", 1), ("layers", 0), ("unroll", 1)):
+            if getattr(self, name) < least:
+                yield name, f"must be at least {least}"
         if not self.pattern:
             yield "pattern", "must hold at least one Block"
         elif self.layers % len(self.pattern):
@@ -167,6 +167,8 @@ class StackModule(nn.Module):
         are read or edited, or parameters are drawn.
         """
         c = self.config
+        if c.layers == 0:
+            return x, state
         if c.pattern[0].order != "reversible":
             return self.repeated(x, context, state)
         if c.remat == "reversible" and state is None and not self.watched():
@@ -181,8 +183,10 @@ class StackModule(nn.Module):
         """All repeats of the pattern: a pipeline of stages where the mesh has any, else (and to decode) a scan."""
         body, options = self.body()
         if stages() == 1 or state is not None or self.watched():
-            return scanned(self.config, body)(*options, name="blocks")(x, context, state)
-        module, kinds = body(*options, parent=None), [k for k in (LOSSES, METRICS) if self.is_mutable_collection(k)]
+            return scanned(self.config, body)(self.config, *options, name="blocks")(x, context, state)
+        # What a stage recomputes are repeats, each with the look-up of its layers.
+        module = body(replace(self.config, remat="none"), *options, parent=None)
+        kinds = [k for k in (LOSSES, METRICS) if self.is_mutable_collection(k)]
 
         def repeat(layer: Any, x: Any, rows: Context, distance: Distance | None, part: Array) -> tuple[Any, Any]:
             variables, key = layer
@@ -199,8 +203,8 @@ class StackModule(nn.Module):
         return x, None
 
     def body(self) -> tuple[type[nn.Module], tuple[Any, ...]]:
-        """The module of one repeat, and what it is made from."""
-        return Repeat, (self.config,)
+        """The module of one repeat, and what it is made from beside the config."""
+        return Repeat, ()
 
     def watched(self) -> bool:
         """Whether parameters are drawn, or activations read or edited: then layers are run as they stand."""
@@ -232,16 +236,13 @@ class Repeat(nn.Module):
         for i, block in enumerate(c.pattern):
             name = str(i)
             layer = None if state is None else state[name]
-            module = ReversibleModule if block.order == "reversible" else BlockModule
+            module = remembering(c, ReversibleModule if block.order == "reversible" else BlockModule)
             x, new[name] = module(block, c.d_model, c.layers, c.initializer, name=name)(x, context, layer)
         return x, None if state is None else new
 
 
 def scanned(config: Stack, body: type[nn.Module] = Repeat) -> Callable[..., nn.Module]:
-    """`body`, rematerialised by name and scanned over its stacked parameters, sites and states."""
-    remat = config.remat not in ("none", "reversible")
-    if remat:
-        body = nn.remat(body, policy=POLICIES[config.remat], prevent_cse=False)
+    """`body`, scanned over its stacked parameters, sites and states."""
     return nn.scan(
         body,
         variable_axes={True: 0},
@@ -249,9 +250,22 @@ def scanned(config: Stack, body: type[nn.Module] = Repeat) -> Callable[..., nn.M
         in_axes=(nn.broadcast, 0),
         length=config.repeats,
         # Laid out, XLA on CPU would merge what is recomputed with the forward pass again, and nothing would be saved.
-        unroll=1 if remat else min(config.unroll, config.repeats),
+        unroll=1 if rematerialises(config) else min(config.unroll, config.repeats),
         metadata_params={nn.PARTITION_NAME: "layers"},
     )
+
+
+def rematerialises(config: Stack) -> bool:
+    """Whether the backward pass computes parts of blocks again, or all of them."""
+    return config.remat not in ("none", "reversible")
+
+
+def remembering(config: Stack, layer: type[nn.Module]) -> type[nn.Module]:
+    """`layer`, of which the backward pass keeps what `remat` says."""
+    if not rematerialises(config):
+        return layer
+    # A loop of one turn is none to XLA, which would merge what is computed again with its first computation.
+    return nn.remat(layer, policy=POLICIES[config.remat], prevent_cse=config.repeats == 1)
 
 
 class Table(nn.Module):

@@ -62,7 +62,8 @@ def compile_step(experiment: Experiment, target: Target) -> Program:
     mesh = experiment.mesh.build(devices)
     with experiment.mesh.in_force():
         layout = plan(experiment.model, experiment.optimizer, experiment.train, mesh)
-        apply, train = apply_of(experiment.model.build()), experiment.train
+        apply = apply_of(experiment.model.build())
+        train = replace(experiment.train, ramp=None)  # what is planned is the whole batch
         step = Step(apply, experiment.objective, layout.optimizer, train, experiment.optimizer.needs_objective)
         state, batch = layout.abstract, experiment.data.empty(experiment.data.batch_size)
         resident = {

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from llmjax.train.early_stopping import EarlyStopping
 from llmjax.train.ema import Ema
 from llmjax.train.precision import Precision
+from llmjax.train.ramp import BatchRamp
 
 
 @dataclass(frozen=True)
@@ -16,6 +17,8 @@ class Train:
     """Optimizer updates."""
     accumulate: int = 1
     """Microbatches whose gradients make one update; a divisor of the batch size."""
+    ramp: BatchRamp | None = None
+    """How batches grow to their size by microbatches, of which `accumulate` make a whole one; None for whole ones."""
     precision: Precision = Precision()
     """Dtypes of the forward and backward pass."""
     offload_optimizer: bool = False
@@ -50,6 +53,8 @@ class Train:
         for name in ("eval_every", "checkpoint_every", "keep_best"):
             if getattr(self, name) < 0:
                 yield name, "is negative: use 0 for none"
+        if self.ramp is not None and self.accumulate == 1:
+            yield "ramp", "grows batches by microbatches: set train.accumulate to how many make a whole one"
         if self.eval_batches is not None and self.eval_batches < 1:
             yield "eval_batches", "is below 1: use None for all held-out batches, or train.eval_every=0 for none"
         if self.early_stopping is not None and self.eval_every == 0:

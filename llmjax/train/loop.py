@@ -26,6 +26,7 @@ from llmjax.train.experiment import Experiment
 from llmjax.train.log import MetricsLog
 from llmjax.train.prefetch import Feed, Prefetch
 from llmjax.train.process import StopSignals, facts, locked, use_compilation_cache
+from llmjax.train.ramp import Ramped
 from llmjax.train.state import plan
 from llmjax.train.step import Compiled, Metrics, Step, apply_of
 from llmjax.train.throughput import Rate, mfu
@@ -123,6 +124,8 @@ class Trainer:
         self.pipeline = experiment.data.build(experiment.seed)
         rows = experiment.data.batch_size
         first = experiment.data.empty(rows)
+        if self.train.ramp is not None:
+            self.pipeline = Ramped(self.pipeline, self.train.ramp, first, self.train.accumulate)
         self.feed = Feed(self.pipeline, rows, self.mesh)
         self.check(first)
         self.plan = plan(experiment.model, experiment.optimizer, self.train, self.mesh)

@@ -81,15 +81,20 @@ class Cosine(Schedule):
 
     floor: float = 0.1
     """Final learning rate as a fraction of the peak; 0.1 as in GPT-3 and LLaMA."""
+    end: int | float = 1.0
+    """Where the floor is reached and kept: a step when an int, a fraction of the run in (0, 1] when a float."""
 
     def after(self, step: int, steps: int, warmup: int) -> float:
         """Multiple of the peak: floor + (1 - floor) (1 + cos(pi t / T)) / 2."""
-        return _interpolate((1 + math.cos(math.pi * _progress(step, steps))) / 2, self.floor)
+        end = round(self.end * (steps + warmup)) if isinstance(self.end, float) else self.end
+        return _interpolate((1 + math.cos(math.pi * _progress(step, max(end - warmup, 1)))) / 2, self.floor)
 
     def problems(self) -> Iterator[tuple[str, str]]:
         """Yield (field, why it is wrong and what would be right)."""
         yield from super().problems()
         yield from _floor_problems(self.floor)
+        if not self.end > 0 or (isinstance(self.end, float) and self.end > 1):
+            yield "end", "is neither a step above 0 (an int) nor a fraction of the run in (0, 1] (a float)"
 
 
 @dataclass(frozen=True)

@@ -95,7 +95,7 @@ class Step:
         if self.train.offload_optimizer:
             state = state._replace(opt_state=jax.device_put(state.opt_state, jax.memory.Space.Device))
         key = jax.random.fold_in(jax.random.key(seed), step)
-        gradients, metrics = self.gradients(state, batch, key)
+        gradients, metrics = self.gradients(state, batch, key, step)
         extra = {"obj_fn": self.first_loss(state.frozen, batch, key)} if self.needs_objective else {}
         opt_state = set_learning_rate(state.opt_state, learning_rate)
         updates, opt_state = self.optimizer.update(gradients, opt_state, state.params, **extra)
@@ -124,32 +124,39 @@ class Step:
         counts = {"skipped": ~good, "bad": new.bad}
         return new, metrics | {name: Metric(x.astype(jnp.float32), jnp.ones(())) for name, x in counts.items()}
 
-    def gradients(self, state: State, batch: Batch, key: PRNGKeyArray) -> tuple[PyTree, Metrics]:
+    def gradients(self, state: State, batch: Batch, key: PRNGKeyArray, step: Int[Array, ""]) -> tuple[PyTree, Metrics]:
         """Gradients of the batch's loss, float32: microbatches count by the weight (`loss.count`) they carry."""
         count = self.train.accumulate
         if count == 1:
             gradients, metrics = self.microbatch(state, batch, jax.random.fold_in(key, 0))
         else:
-            gradients, metrics = self.accumulated(state, batch, key)
+            gradients, metrics = self.accumulated(state, batch, key, self.due(step, len(batch["tokens"])))
         return gradients if state.loss_scale is None else unscale(state.loss_scale, gradients), metrics
 
-    def accumulated(self, state: State, batch: Batch, key: PRNGKeyArray) -> tuple[PyTree, Metrics]:
-        """sum_m count_m grad_m / sum_m count_m, one microbatch in memory at a time."""
+    def due(self, step: Int[Array, ""], rows: int) -> int | Int[Array, ""]:
+        """Microbatches of update `step` that hold anything, of a batch of so many rows."""
+        if self.train.ramp is None:
+            return self.train.accumulate
+        counts = self.train.ramp.microbatches(rows, self.train.accumulate)
+        return jnp.asarray(counts)[jnp.minimum(step, len(counts) - 1)]
 
-        def body(
-            carry: tuple[PyTree, Metrics], part: tuple[Int[Array, ""], Batch]
-        ) -> tuple[tuple[PyTree, Metrics], None]:
-            index, rows = part
+    def accumulated(
+        self, state: State, batch: Batch, key: PRNGKeyArray, due: int | Int[Array, ""]
+    ) -> tuple[PyTree, Metrics]:
+        """sum_m count_m grad_m / sum_m count_m over the first `due` microbatches, one in memory at a time."""
+
+        def body(index: Int[Array, ""], carry: tuple[PyTree, Metrics]) -> tuple[PyTree, Metrics]:
+            rows = jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, index, keepdims=False), parts)
             gradients, metrics = self.microbatch(state, rows, jax.random.fold_in(key, index))
             weight = metrics["loss"].count
             total = jax.tree.map(lambda s, g: s + weight * g.astype(jnp.float32), carry[0], gradients)
-            return (total, add(carry[1], metrics)), None
+            return total, add(carry[1], metrics)
 
-        indices, parts = jnp.arange(self.train.accumulate), microbatches(batch, self.train.accumulate)
+        parts = microbatches(batch, self.train.accumulate)
         first = jax.tree.map(lambda x: x[0], parts)
         shapes = jax.eval_shape(self.microbatch, state, first, key)
         zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), shapes)
-        (total, metrics), _ = jax.lax.scan(body, zeros, (indices, parts))
+        total, metrics = jax.lax.fori_loop(0, due, body, zeros)
         weight = jnp.maximum(metrics["loss"].count, 1.0)
         return jax.tree.map(lambda g: g / weight, total), metrics
 

@@ -10,6 +10,7 @@ from llmjax.models.bloom import bloom
 from llmjax.models.falcon import falcon
 from llmjax.models.gemma import gemma1, gemma2, gemma3
 from llmjax.models.gpt2 import gpt2
+from llmjax.models.gpt3 import gpt3
 from llmjax.models.gpt_neox import gpt_neox
 from llmjax.models.gptj import gptj
 from llmjax.models.llama import llama1, llama2, llama3, llama31, llama32
@@ -25,6 +26,7 @@ PUBLISHED = {
     "gpt2-355M": (gpt2, "355M", 354_823_168),
     "gpt2-774M": (gpt2, "774M", 774_030_080),
     "gpt2-1558M": (gpt2, "1558M", 1_557_611_200),
+    "gpt3-175B": (gpt3, "175B", 174_604_259_328),
     "llama1-7B": (llama1, "7B", 6_738_415_616),
     "llama1-13B": (llama1, "13B", 13_015_864_320),
     "llama1-33B": (llama1, "33B", 32_528_943_616),
@@ -78,7 +80,15 @@ PUBLISHED = {
     "falcon-7B": (falcon, "7B", 6_921_720_704),
     "falcon-40B": (falcon, "40B", 41_303_293_952),
 }
-ROW = {"gpt2": "D01", "llama1": "D04", "llama2": "D05", "llama3": "D05", "llama31": "D05", "llama32": "D05"}
+ROW = {
+    "gpt2": "D01",
+    "gpt3": "D03",
+    "llama1": "D04",
+    "llama2": "D05",
+    "llama3": "D05",
+    "llama31": "D05",
+    "llama32": "D05",
+}
 ROW |= {"mistral": "D06", "qwen2": "D08", "pythia": "D09", "neox": "D09", "gptj": "D09"}
 SMALL = {"18M": (6, 256, 128, 17_637_632), "30M": (6, 384, 1024, 30_339_456)}
 
@@ -112,7 +122,7 @@ def test_demonstration_sizes(size, evidence):
 
 
 @pytest.mark.parametrize(
-    "preset", [gpt2, llama1, mistral, qwen2, qwen3, gemma1, phi3, olmo2, gpt_neox, gptj, bloom, falcon]
+    "preset", [gpt2, gpt3, llama1, mistral, qwen2, qwen3, gemma1, phi3, olmo2, gpt_neox, gptj, bloom, falcon]
 )
 def test_unknown_size_names_the_known(preset):
     with pytest.raises(InputError, match=r"unknown .* size '2K': use "):

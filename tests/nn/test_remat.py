@@ -94,6 +94,16 @@ def test_kept_bytes_are_those_of_what_is_named(evidence):
     evidence.record(abs(kept["attention"] - kept["full"] - results), 0)
 
 
+@evidence("E46", oracle="bytes of the same blocks, each a repeat of its own", code="llmjax.nn.stack")
+def test_what_is_kept_does_not_depend_on_how_blocks_are_repeated(evidence):
+    """Four blocks in one, two or four repeats keep four inputs; loops add a number or two to them (1 percent)."""
+    one, *others = (
+        bytes_of(dataclasses.replace(MODEL, layers=4, pattern=MODEL.pattern * count)) for count in (1, 2, 4)
+    )
+    for kept in others:
+        evidence.record(max(abs(kept[name] / one[name] - 1) for name in ("dots", "attention", "full")), 0.01)
+
+
 def test_without_attention_kernels_there_is_nothing_more_to_keep():
     kept = bytes_of(dataclasses.replace(MODEL, pattern=(Block(Mamba(), GLU(D_FF)),)))
     assert kept["full"] == kept["attention"] < kept["dots"]

@@ -25,6 +25,12 @@ def test_cosine_is_optax(evidence, floor):
     evidence.record(error(Cosine(PEAK, WARMUP, floor=floor), oracle), TOLERANCE)
 
 
+@pytest.mark.parametrize("end", [0.8, 800])
+def test_cosine_ends_where_it_is_told_to(end):
+    oracle = optax.warmup_cosine_decay_schedule(0.0, PEAK, WARMUP, 800, end_value=0.1 * PEAK)
+    assert error(Cosine(PEAK, WARMUP, end=end), oracle) <= TOLERANCE
+
+
 @evidence("E23", oracle="published values at 0, 50, 100, 550, 1000 of 1000 steps", code="llmjax.train.schedules.Cosine")
 def test_cosine_values(evidence):
     schedule = Cosine(3e-5, 100, floor=1e-6 / 3e-5)

@@ -117,7 +117,7 @@ def test_accumulated_gradients_are_those_of_the_big_batch(evidence, count):
     step, planned, _ = build(experiment)
     state = planned.init(0)
     whole = plain_gradients(experiment, state.params, batch)
-    gradients, metrics = jax.jit(step.gradients)(state, batch, jax.random.key(0))
+    gradients, metrics = jax.jit(step.gradients)(state, batch, jax.random.key(0), 0)
     np.testing.assert_allclose(metrics["loss"].count, batch["loss_mask"].sum())
     evidence.record(distance(gradients, whole), 1e-6)
 
@@ -129,7 +129,7 @@ def test_a_microbatch_without_targets_changes_nothing():
     step, planned, _ = build(experiment)
     state = planned.init(0)
     half = plain_gradients(experiment, state.params, {k: v[::2] for k, v in batch.items()})
-    gradients, _ = jax.jit(step.gradients)(state, batch, jax.random.key(0))
+    gradients, _ = jax.jit(step.gradients)(state, batch, jax.random.key(0), 0)
     chex.assert_trees_all_close(gradients, half, atol=1e-6)
 
 
@@ -211,7 +211,7 @@ def test_half_precision_gradients_are_near_those_of_float32():
     whole = plain_gradients(tiny(), exact.params, batch)
     for precision in (Precision("bfloat16"), Precision("float16", loss_scale=Dynamic(scale=1024.0))):
         step, planned, _ = build(tiny(precision=precision))
-        gradients, _ = jax.jit(step.gradients)(planned.init(0), batch, jax.random.key(0))
+        gradients, _ = jax.jit(step.gradients)(planned.init(0), batch, jax.random.key(0), 0)
         assert {str(g.dtype) for g in jax.tree.leaves(gradients)} == {"float32"}
         norm = optax.tree.norm(jax.tree.map(jnp.subtract, gradients, whole)) / optax.tree.norm(whole)
         # An ulp of bfloat16 is 2^-8; a few layers of rounding add up to a few of them.
@@ -251,7 +251,7 @@ def test_flops_are_those_that_xla_counts(evidence):
     experiment = dataclasses.replace(tiny({"data.length": 16, "data.batch_size": 8}), model=model)
     step, planned, _ = build(experiment)
     batch = batch_of(experiment)
-    compiled = jax.jit(step.gradients).lower(planned.init(0), batch, jax.random.key(0)).compile()
+    compiled = jax.jit(step.gradients).lower(planned.init(0), batch, jax.random.key(0), 0).compile()
     ours = experiment.model.flops_per_token(16) * batch["tokens"].size
     # XLA also counts norms, activations and softmax, and the masked half of the (here short) attention.
     evidence.record(abs(compiled.cost_analysis()["flops"] / ours - 1), 0.05)
@@ -284,7 +284,7 @@ def test_eight_devices_are_one(evidence, mesh, accumulate):
     state, placed = planned.init(experiment.seed), put(batch, batch_sharding(devices))
     # The same draws; erfinv may differ in its last bit between compiled programs.
     chex.assert_trees_all_close(jax.device_get(state.params), jax.device_get(single), rtol=1e-6)
-    got, metrics = jax.jit(step.gradients)(state, placed, jax.random.key(0))
+    got, metrics = jax.jit(step.gradients)(state, placed, jax.random.key(0), 0)
     assert math.isclose(float(metrics["loss"].total / metrics["loss"].count), float(expected), rel_tol=1e-6)
     evidence.record(distance(got, gradients), 1e-6)
 

@@ -43,11 +43,11 @@ class GatedAdamW(AdamW):
     """how the adapters hold their gates"""
     penalty: Penalty = "l1"
     """what is asked of them"""
-    strength: float = 1e-2
+    strength: float = 3e-2
     """l: weight of the penalty"""
     warmup: int = 100
     """updates in which l grows to its value"""
-    factors: float = 1e-4
+    factors: float = 1e-3
     """m: weight of the squares of A and B"""
     gate_rate: float = 10.0
     """multiple of the learning rate for gates"""
