@@ -221,6 +221,7 @@ def test_train_leaves_a_run_directory_and_says_what_it_reached(folder: Path, tra
     assert {"val_bits_per_byte", "tokens_per_second", "train_seconds", "compile_seconds"} <= result.keys()
     assert (result["steps"], result["run_dir"], result["stopped"]) == (4, str(run_dir), "done")
     assert result["compressors"].keys() == {"zlib", "bz2", "xz"}
+    assert 0 < result["ngram_bits_per_byte"] < 8
     assert "4 x 32 = 128" in trained.out
     assert len(re.findall(r"^step \d/4  loss .* tokens/s", trained.out, re.MULTILINE)) == 2
     assert len(re.findall(r"^step \d/4  held out: ", trained.out, re.MULTILINE)) == 2

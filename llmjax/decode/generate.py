@@ -260,7 +260,7 @@ def laid_out(model: Model, params: Params) -> tuple[Model, Params]:
     if not isinstance(model, Decoder):
         return model, params
     repeats = model.layers // len(model.pattern)
-    if repeats == 1 or repeats > model.unroll:
+    if repeats < 2 or repeats > model.unroll:
         return model, params
     blocks = written_out(params["blocks"], repeats)
     return dataclasses.replace(model, pattern=model.pattern * repeats), {**params, "blocks": blocks}

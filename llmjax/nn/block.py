@@ -28,8 +28,8 @@ class Block:
     """how tokens exchange information"""
     mlp: FeedForward | None = GLU()
     """what is computed at each token; None for attention-only models"""
-    norm: Norm = RMSNorm()
-    """normalisation of each branch"""
+    norm: Norm | None = RMSNorm()
+    """normalisation of each branch; None for branches that read the stream as it is"""
     order: Literal["pre", "post", "parallel", "parallel_norms", "branch", "sandwich", "reversible"] = "pre"
     """wiring (pre: Radford et al. 2019; post: Vaswani et al. 2017; parallel: GPT-J; parallel_norms: GPT-NeoX,
     2204.06745; branch: OLMo 2, 2501.00656; sandwich: Gemma 2, 2408.00118; reversible: Kitaev et al. 2020)"""
@@ -42,6 +42,8 @@ class Block:
         """Values out of range, and parts that a wiring has no place for."""
         if not 0 <= self.dropout < 1:
             yield "dropout", "must be at least 0 and below 1"
+        if self.norm is None and self.order not in ("pre", "parallel"):
+            yield "norm", f"leaves nothing of order={self.order}: use pre or parallel"
         if self.order == "reversible" and self.mlp is None:
             yield "mlp", "is the second stream's branch: order=reversible needs one"
         if self.order in ("parallel", "parallel_norms", "reversible") and self.cross is not None:
@@ -104,17 +106,21 @@ class BlockModule(nn.Module):
 
     def before(self, name: str, x: Float[Array, "batch length d_model"]) -> Float[Array, "batch length d_model"]:
         """What a branch reads: the stream's norm, or where norms come later the stream."""
-        return x if self.config.order in ("post", "branch") else self.config.norm.build(name)(x)
+        return x if self.config.order in ("post", "branch") else self.normed(name, x)
 
     def branch(self, name: str, y: Float[Array, "batch length d_model"]) -> Float[Array, "batch length d_model"]:
         """What a branch adds: its output, or that output's norm."""
         if self.config.order not in ("branch", "sandwich"):
             return y
-        return self.config.norm.build(f"{name}_norm" if self.config.order == "branch" else f"{name}_out_norm")(y)
+        return self.normed(f"{name}_norm" if self.config.order == "branch" else f"{name}_out_norm", y)
 
     def after(self, name: str, x: Float[Array, "batch length d_model"]) -> Float[Array, "batch length d_model"]:
         """The stream after a branch: normalised in post-norm blocks."""
-        return self.config.norm.build(name)(x) if self.config.order == "post" else x
+        return self.normed(name, x) if self.config.order == "post" else x
+
+    def normed(self, name: str, x: Float[Array, "batch length d_model"]) -> Float[Array, "batch length d_model"]:
+        """`x` after the norm `name`, where the block has norms."""
+        return x if self.config.norm is None else self.config.norm.build(name)(x)
 
     def drop(self, y: Float[Array, "batch length d_model"], context: Context) -> Float[Array, "batch length d_model"]:
         """Dropout of a branch's output; the identity in deterministic mode."""

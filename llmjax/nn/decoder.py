@@ -49,6 +49,8 @@ class Decoder(Stack, Model):
         yield from super().problems()
         yield from causal_problems(self)
         yield from cross_problems(self.pattern)
+        if self.multi_token is not None and self.layers < 1:
+            yield "multi_token", "goes on from a stack of at least one layer: raise model.layers"
         if self.multi_token is not None:
             found = self.multi_token.block.problems_at(self.d_model)
             yield from ((f"multi_token.block.{field}", why) for field, why in found)

@@ -14,6 +14,7 @@ from llmjax.cli.runs import open_run
 from llmjax.cli.text import duration, short, table
 from llmjax.config import ConfigError, InputError
 from llmjax.data import Data
+from llmjax.eval import ngram
 from llmjax.eval.compressors import Rate, compare
 from llmjax.experiment import Experiment, compatible, load, load_experiment, load_record, save
 from llmjax.parallel import hosts
@@ -116,7 +117,7 @@ def withdraw(run_dir: Path) -> None:
 
 
 def finish(experiment: Experiment, run_dir: Path, result: dict[str, Any]) -> dict[str, Any]:
-    """Curves, a sample, the comparison with compressors and the page; returns what they add to the figures.
+    """Curves, a sample, the comparison with compressors and counts, the page; returns what they add to the figures.
 
     A model of several hosts draws no sample here: it need not fit into one.
     """
@@ -124,10 +125,11 @@ def finish(experiment: Experiment, run_dir: Path, result: dict[str, Any]) -> dic
     drawn = experiment.model.generates() and not hosts.several()
     text = sample(open_run(run_dir, "best"), prompt).text if drawn else None
     measured = result.get("val_bits_per_byte") is not None
-    rates = compare(experiment.data) if measured and isinstance(experiment.data, Data) else None
+    data = experiment.data if measured and isinstance(experiment.data, Data) else None
+    rates, counted = (None, None) if data is None else (compare(data), ngram.compare(data))
     logged = history.read(run_dir)
     files = plots.save({experiment.name: logged}, run_dir / "plots")
-    rows = comparison(result["val_bits_per_byte"], rates) if rates else []
+    rows = comparison(result["val_bits_per_byte"], counted, rates) if rates and counted is not None else []
     document = page.Page(
         title=experiment.name,
         subtitle=f"step {result['steps']} of {experiment.train.steps}, run directory {run_dir.resolve().name}",
@@ -149,6 +151,7 @@ def finish(experiment: Experiment, run_dir: Path, result: dict[str, Any]) -> dic
     print(f"\nreport {written}, plots {run_dir / 'plots'}")
     return {
         "compressors": {name: rate._asdict() for name, rate in rates.items()} if rates else None,
+        "ngram_bits_per_byte": counted,
         "sample": None if text is None else {"prompt": prompt, "text": text},
         "plots": files,
         "report": written,
@@ -156,8 +159,9 @@ def finish(experiment: Experiment, run_dir: Path, result: dict[str, Any]) -> dic
 
 
 NOTE = (
-    "Bits per byte of the held-out text. A model has read the training text; compressors are shown alone and after the "
-    "same text (zlib: its last 32 kB as dictionary; bz2, xz: size of training and held-out text, less training)."
+    "Bits per byte of the held-out text. A model has read the training text, an n-gram has counted it; compressors are "
+    "shown alone and after the same text (zlib: its last 32 kB as dictionary; bz2, xz: size of training and held-out "
+    "text, less training)."
 )
 
 
@@ -167,10 +171,11 @@ def note(experiment: Experiment) -> str:
     return NOTE + (f" The model was measured on the first {count} batches of that text only." if count else "")
 
 
-def comparison(bits: float, rates: dict[str, Rate]) -> list[tuple[str, str, str]]:
-    """The table of the model beside the compressors, its heading first."""
+def comparison(bits: float, counted: float, rates: dict[str, Rate]) -> list[tuple[str, str, str]]:
+    """The table of the model beside the n-gram and the compressors, its heading first."""
     rows = [(name, f"{rate.alone:.3f}", f"{rate.given_training_text:.3f}") for name, rate in rates.items()]
-    return [("held-out bits per byte", "alone", "given the training text"), ("this model", "", f"{bits:.3f}"), *rows]
+    models = [("this model", "", f"{bits:.3f}"), (f"{ngram.ORDER}-gram of bytes", "", f"{counted:.3f}")]
+    return [("held-out bits per byte", "alone", "given the training text"), *models, *rows]
 
 
 def headline(experiment: Experiment, result: dict[str, Any]) -> list[tuple[str, str]]:
