@@ -13,6 +13,7 @@ from llmjax.data.dataset import Batches, Dataset
 from llmjax.data.first_fit import FirstFit
 from llmjax.data.hugging_face import HuggingFace
 from llmjax.data.in_memory import InMemory
+from llmjax.data.instructions import Instructions, Template
 from llmjax.data.jsonl import JSONL
 from llmjax.data.mixture import Mixture
 from llmjax.data.packing import Packing
@@ -42,6 +43,7 @@ __all__ = [
     "FirstFit",
     "HuggingFace",
     "InMemory",
+    "Instructions",
     "Mixture",
     "Packing",
     "Padded",
@@ -50,6 +52,7 @@ __all__ = [
     "PythonDocs",
     "Source",
     "Synthetic",
+    "Template",
     "TextFiles",
     "TokenShards",
     "Tokenizer",

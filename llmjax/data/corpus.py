@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jaxtyping import Int32, Int64
+from jaxtyping import Float32, Int32, Int64
 
 from llmjax.config import InputError
 from llmjax.data.codec import Codec
@@ -67,6 +67,10 @@ class Corpus:
             out[start - stop + len(out) :][: len(part)] = part
             start, number = start + len(part), number + 1
         return out
+
+    def loss_mask(self, start: int, stop: int) -> Float32[np.ndarray, "stop-start"]:
+        """Weight in the loss of the targets of inputs `start` to `stop`: 1 for each token of a text."""
+        return np.ones(stop - start, np.float32)
 
 
 def _open(path: Path) -> tuple[dict[str, Any], list[np.ndarray], list[np.ndarray]]:

@@ -88,8 +88,8 @@ def fill_row(batch: Batch, row: int, corpus: Corpus, pieces: Int64[np.ndarray, "
         batch["targets"][row, span] = stream[1:]
         batch["positions"][row, span] = np.arange(stop - start)
         batch["segment_ids"][row, span] = segment
+        batch["loss_mask"][row, span] = corpus.loss_mask(start, stop)
         at = span.stop
     targets = batch["targets"][row, :at]
     targets[targets == corpus.bos_id] = corpus.eos_id
-    batch["loss_mask"][row, :at] = 1
     batch["target_bytes"][row, :at] = codec.token_bytes[targets]
