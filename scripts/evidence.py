@@ -10,6 +10,7 @@ the repository. If any test fails, nothing is written.
 import argparse
 import ast
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
