@@ -16,7 +16,8 @@ HARDWARE_ENV = JAX_PLATFORMS=cpu TPU_SKIP_MDS_QUERY=1 TPU_WORKER_HOSTNAMES=local
 # Mosaic GPU kernels can be simulated from jax 0.11 on: their tests run there only.
 NEWER_TESTS = tests/test_architecture.py tests/test_devices.py tests/test_config.py tests/nn tests/objectives \
 	tests/parallel/test_context.py tests/parallel/test_hosts.py tests/kernels/test_ring_attention.py \
-	tests/kernels/test_attention_hopper.py tests/kernels/test_decode_attention.py
+	tests/kernels/test_attention_hopper.py tests/kernels/test_decode_attention.py \
+	tests/kernels/test_selective_scan_hopper.py
 PYTEST = $(VENV)/bin/python -m pytest
 # Twice quiet: errors are shown, notices are not.
 PIP_FLAGS = --quiet --quiet --disable-pip-version-check

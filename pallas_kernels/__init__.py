@@ -5,6 +5,7 @@ from pallas_kernels.causal_convolution import causal_convolution
 from pallas_kernels.context_scan import context_scan
 from pallas_kernels.cross_entropy import linear_cross_entropy, linear_entropy, linear_kl, linear_token_losses
 from pallas_kernels.decode_attention import decode_attention
+from pallas_kernels.dequantising_matmul import dequantising_matmul
 from pallas_kernels.gated_delta_rule import gated_delta_rule
 from pallas_kernels.gated_linear_attention import gated_linear_attention, semiseparable_matrix, ssd
 from pallas_kernels.linear_recurrence import linear_recurrence
@@ -23,6 +24,7 @@ __all__ = [
     "causal_convolution",
     "context_scan",
     "decode_attention",
+    "dequantising_matmul",
     "from_layout",
     "gated_delta_rule",
     "gated_linear_attention",

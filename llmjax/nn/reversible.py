@@ -39,7 +39,8 @@ class ReversibleModule(nn.Module):
     def setup(self) -> None:
         """The parts."""
         c, sizes = self.config, (self.d_model, self.layers, self.initializer)
-        assert c.mlp is not None and c.norm is not None
+        assert c.mlp is not None
+        assert c.norm is not None
         self.mixer, self.mlp = c.mixer.build(*sizes), c.mlp.build(*sizes)
         self.mixer_norm, self.mlp_norm = c.norm.build(), c.norm.build()
         self.dropout = nn.Dropout(c.dropout)

@@ -1,7 +1,7 @@
-"""The recurrent kernels as mixers call them: where the sequence is split over devices, each works on its own tokens.
+"""The recurrent kernels as mixers call them: every device works on its own rows, channels, heads and tokens.
 
-GSPMD would gather the sequence for them. Calls that begin with a state, as decoding does, are left to it. Arguments and
-results are those of the functions of these names in `pallas_kernels`.
+GSPMD cannot split kernels, and would gather split sequences. Calls that begin with a state, as decoding does, have
+their sequences whole. Arguments and results are those of the functions of these names in `pallas_kernels`.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -152,23 +152,20 @@ def on_parts(
     initial_state: Array | None,
     options: dict[str, Any],
 ) -> tuple[Array, Array]:
-    """The first of `both` on all, or the second on each device's part of a split sequence.
+    """The first of `both` on each device's part, or the second where that is a part of a split sequence.
 
     Outputs have the axes of the first array, and the last state has `last`.
     """
     axis = sequence_axis() if initial_state is None else None
     values, names = zip(*arrays, *named.values(), strict=True)
+    if axis is None:
+        names = tuple(tuple(None if n == "length" else n for n in name) for name in names)
     length = values[0].shape[1]
 
-    def call(kernel: Kernel, values: Sequence[Array | None], **more: Any) -> tuple[Array, Array]:
-        keywords = dict(zip(named, values[len(arrays) :], strict=True))
-        return kernel(*values[: len(arrays)], **keywords, **more, **options)
+    def part(state: Array | None, *values: Array | None) -> tuple[Array, Array]:
+        keywords = dict(zip(named, values[len(arrays) :], strict=True)) | options
+        if axis is None or values[0] is None or values[0].shape[1] == length:
+            return both[0](*values[: len(arrays)], initial_state=state, **keywords)
+        return both[1](*values[: len(arrays)], axis_name=axis, **keywords)
 
-    def part(*values: Array | None) -> tuple[Array, Array]:
-        if values[0] is None or values[0].shape[1] == length:
-            return call(both[0], values)
-        return call(both[1], values, axis_name=axis)
-
-    if axis is None:
-        return call(both[0], values, initial_state=initial_state)
-    return per_device(part, names, (names[0], last), *values)
+    return per_device(part, (last, *names), (names[0], last), initial_state, *values)

@@ -32,8 +32,9 @@ def gated_delta_rule(
     Without decay: DeltaNet (Yang et al. 2024, 2406.06484). A scalar: Gated DeltaNet (Yang et al. 2024, 2412.06464). A
     vector: Kimi Delta Attention (Kimi Team 2025, 2510.26692).
 
-    `implementation`: "xla", "reference" or both in order; None takes the first that fits the platform. Raises
-    ValueError where arguments disagree, NotImplementedError with the reason where no named implementation can do it.
+    `implementation`: "tpu", "xla", "reference" or some of them in order; None takes the first that fits the platform.
+    Raises ValueError where arguments disagree, NotImplementedError with the reason where no named implementation can do
+    it.
     """
     call = prepare(query, key, value, log_decay, None, initial_state, segment_ids, scale, chunk)
     if beta.shape != value.shape[:3]:

@@ -21,6 +21,15 @@ class Call(NamedTuple):
     """How often the state has been reset up to and with each token; the initial state belongs to run 0."""
     scale: float
     chunk: int
+    gain: Float[Array, "batch length heads"] | None = None
+    """each token writes gain_t k_t v_t^T"""
+
+
+def with_gained_values(call: Call) -> Call:
+    """The same call without a gain: its values are what tokens write, in the dtype of the state."""
+    if call.gain is None:
+        return call
+    return call._replace(value=call.value.astype(call.state.dtype) * call.gain[..., None], gain=None)
 
 
 def prepare(

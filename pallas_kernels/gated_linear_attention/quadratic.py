@@ -3,7 +3,7 @@
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from pallas_kernels.gated_linear_attention.call import Call
+from pallas_kernels.gated_linear_attention.call import Call, with_gained_values
 from pallas_kernels.gated_linear_attention.spans import after, between, up_to
 
 
@@ -16,6 +16,7 @@ def run(
     call: Call,
 ) -> tuple[Float[Array, "batch length heads value_dim"], Float[Array, "batch heads key_dim value_dim"]]:
     """The semiseparable matrix times v; O(length^2) memory a head, times key_dim where the decay is a vector."""
+    call = with_gained_values(call)
     wide, heads = call.state.dtype, call.value.shape[2]
     query, key, value, decay = (by_head(x, heads).astype(wide) for x in call[:4])
     query, exclusive = query * call.scale, call.bonus is not None

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from pallas_kernels.gated_linear_attention.call import Call
+from pallas_kernels.gated_linear_attention.call import Call, with_gained_values
 
 
 def refusal(call: Call) -> str | None:
@@ -16,6 +16,7 @@ def run(
     call: Call,
 ) -> tuple[Float[Array, "batch length heads value_dim"], Float[Array, "batch heads key_dim value_dim"]]:
     """S_t = diag(exp(g_t)) S_{t-1} + k_t v_t^T and o_t = scale q_t^T S_t, or q_t^T (S_{t-1} + diag(u) k_t v_t^T)."""
+    call = with_gained_values(call)
     heads, wide = call.value.shape[2], call.state.dtype
     query, key = (jnp.repeat(x.astype(wide), heads // x.shape[2], axis=2) for x in (call.query, call.key))
     before = jnp.pad(call.runs, ((0, 0), (1, 0)))[:, :-1]

@@ -5,10 +5,11 @@ import importlib
 from types import ModuleType
 
 from pallas_kernels import dispatch
-from pallas_kernels.dispatch import ModuleBackend, everywhere
+from pallas_kernels.dispatch import ModuleBackend, everywhere, on_tpu
 from pallas_kernels.gated_linear_attention.call import Call
 
 BACKENDS = {
+    "tpu": ModuleBackend("Pallas Mosaic for TPU, one decay a head", on_tpu),
     "xla": ModuleBackend("plain XLA, products within chunks and a loop over chunks", everywhere),
     "quadratic": ModuleBackend("the attention matrix", everywhere),
     "reference": ModuleBackend("the recurrence, token by token", everywhere),

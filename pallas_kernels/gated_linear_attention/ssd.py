@@ -4,7 +4,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.gated_linear_attention.api import gated_linear_attention
+from pallas_kernels.gated_linear_attention.call import prepare
+from pallas_kernels.gated_linear_attention.registry import choose
 from pallas_kernels.segments import absent_as_zero, marks
 
 
@@ -27,29 +28,21 @@ def ssd(
     """h_t = exp(dt_t A) h_{t-1} + dt_t x_t B_t^T, y_t = (h_t C_t + D x_t) * silu(z_t), for each head (A at most 0).
 
     dt is dt + dt_bias, with `dt_softplus` its softplus. States h are [head_dim, d_state]: the transpose of those of
-    `gated_linear_attention`, whose query, key and value are C, B and dt x. A group of B and C is shared by
-    heads / groups heads that follow each other. Segments, dtypes, chunk and implementations are those of
-    `gated_linear_attention`; the output is in the dtype of x. Dao and Gu 2024 (2405.21060).
+    `gated_linear_attention`, whose query, key and value are C, B and dt x ("tpu" multiplies by dt on chip). A group of
+    B and C is shared by heads / groups heads that follow each other. Segments, dtypes, chunk and implementations are
+    those of `gated_linear_attention`; the output is in the dtype of x. Dao and Gu 2024 (2405.21060).
 
     Raises ValueError where arguments disagree.
     """
     check(x, B, C, (dt, A, D, z, dt_bias, initial_state, segment_ids))
     found = marks(segment_ids)
     x_dtype, wide = x.dtype, jnp.promote_types(x.dtype, jnp.float32)
-    x, dt = (absent_as_zero(found, a).astype(wide) for a in (x, dt))
+    x, dt = absent_as_zero(found, x), absent_as_zero(found, dt).astype(wide)
     dt = dt if dt_bias is None else dt + dt_bias
     dt = jnp.logaddexp(dt, 0) if dt_softplus else dt
     state = None if initial_state is None else jnp.swapaxes(initial_state, 2, 3)
-    out, state = gated_linear_attention(
-        C,
-        B,
-        x * dt[..., None],
-        dt * A,
-        initial_state=state,
-        segment_ids=segment_ids,
-        implementation=implementation,
-        chunk=chunk,
-    )
+    call = prepare(C, B, x, dt * A, None, state, segment_ids, 1.0, chunk)._replace(gain=dt)
+    out, state = choose(implementation, call).run(call)
     if D is not None:
         out = out + D[:, None] * x
     if z is not None:

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.gated_linear_attention.call import Call
+from pallas_kernels.gated_linear_attention.call import Call, with_gained_values
 from pallas_kernels.gated_linear_attention.spans import after, between, decayed_products, up_to
 
 State = Float[Array, "batch groups repeats key_dim value_dim"]
@@ -28,6 +28,7 @@ def run(
     Yang et al. 2023 (2312.06635), Dao and Gu 2024 (2405.21060). The heads of a group share the products of its queries
     and keys where the decay is a scalar.
     """
+    call = with_gained_values(call)
     bonus = call.bonus
     if bonus is not None:
         bonus = bonus.astype(call.state.dtype).reshape(call.key.shape[2], -1, 1, bonus.shape[1])

@@ -36,8 +36,9 @@ def selective_scan(
     is 0. States, decays and sums are float32, float64 where x is.
 
     Returns y in the dtype of x and the last state, which continues the sequence, in the dtype of the states.
-    `implementation`: "reference", "xla" or some of them in order; None takes the first that can do it. Raises
-    ValueError where arguments disagree, NotImplementedError with the reason where no named implementation can do it.
+    `implementation`: "tpu", "xla", "hopper", "reference" or some of them in order; None takes the first that can do it
+    (the Hopper kernels must be asked for). Raises ValueError where arguments disagree, NotImplementedError with the
+    reason where no named implementation can do it.
     """
     check_tokens(x, dt, B, C, z)
     check_weights(x, A, B, D, dt_bias, initial_state)

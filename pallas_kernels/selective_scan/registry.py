@@ -5,14 +5,17 @@ from collections.abc import Sequence
 from types import ModuleType
 
 from pallas_kernels import dispatch
-from pallas_kernels.dispatch import ModuleBackend, everywhere
+from pallas_kernels.dispatch import ModuleBackend, everywhere, on_hopper, on_tpu
 from pallas_kernels.selective_scan.inputs import Tokens, Weights
 
 BACKENDS = {
+    "tpu": ModuleBackend("Pallas Mosaic for TPU", on_tpu),
     "xla": ModuleBackend("plain XLA, the states of one chunk of tokens at a time", everywhere),
+    "hopper": ModuleBackend("Pallas Mosaic GPU for sm_90a", on_hopper),
     "reference": ModuleBackend("the definition, one token after the other", everywhere),
 }
-"""In the order in which `implementation=None` tries them; each module has `refusal(tokens, weights)` and `scan`."""
+"""In the order in which `implementation=None` tries them (the Hopper kernel, run by no chip yet, must be asked for);
+each module has `refusal(tokens, weights)` and `scan`."""
 
 
 def module_of(name: str) -> ModuleType:

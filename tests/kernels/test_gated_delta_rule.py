@@ -205,5 +205,5 @@ def test_shapes_that_disagree_are_refused(change, message):
 
 def test_names_that_mean_nothing_are_refused():
     query, beta = jnp.ones((1, 4, 1, 2)), jnp.ones((1, 4, 1))
-    with pytest.raises(ValueError, match="unknown: use one of reference, xla"):
+    with pytest.raises(ValueError, match="unknown: use one of reference, tpu, xla"):
         gated_delta_rule(query, query, query, beta, implementation="quadratic")

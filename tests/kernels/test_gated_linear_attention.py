@@ -305,5 +305,5 @@ def test_chunks_and_names_that_mean_nothing_are_refused():
     query = jnp.ones((1, 4, 1, 2))
     with pytest.raises(ValueError, match="chunk=48 must be a power of two"):
         gated_linear_attention(query, query, query, chunk=48)
-    with pytest.raises(ValueError, match="unknown: use one of quadratic, reference, xla"):
+    with pytest.raises(ValueError, match="unknown: use one of quadratic, reference, tpu, xla"):
         gated_linear_attention(query, query, query, implementation="cuda")

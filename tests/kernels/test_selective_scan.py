@@ -212,7 +212,7 @@ def test_memory_has_no_state_for_every_token(evidence, monkeypatch):
         (ValueError, r"initial_state has shape \(6, 3\)", {"initial_state": np.ones((6, 3))}),
         (ValueError, r"segment_ids has shape \(2,\), x \(2, 4, 6\)", {"segment_ids": np.zeros(2, int)}),
         (ValueError, "x of shape .* dtype int32", {"x": np.ones((2, 4, 6), np.int32)}),
-        (ValueError, "use one of reference, xla", {"implementation": "tpu"}),
+        (ValueError, "use one of hopper, reference, tpu, xla", {"implementation": "fast"}),
     ],
 )
 def test_errors(error, message, options):

@@ -1,5 +1,7 @@
 """Quantised tensors: what they stand for, what they cost, and the product with them."""
 
+from unittest import mock
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -17,6 +19,7 @@ from llmjax.quant.quantize import matrices
 from llmjax.quant.report import nbytes
 from llmjax.quant.rotation import Rotated
 from llmjax.quant.tensor import Layout
+from pallas_kernels import chips
 from tests.evidence import evidence
 
 QUERY = Layout(inputs=(12,), outputs=(2, 8))
@@ -77,12 +80,22 @@ def test_stacks_and_experts_are_matrices_each_by_itself(form):
     assert jax.tree.map(lambda leaf: leaf[1], stack).shape == EXPERTS.shape
 
 
+PRODUCTS = {
+    "nf4": (RTN(), NF4(double=True)),
+    "rotated": (Rotated(), NF4(double=True)),
+    "int8": (RTN(), Integer(bits=8, block="channel")),
+    "int4_zeros": (RTN(), Integer(block=16, zero_point="integer")),
+    "across_outputs": (RTN(), FP4(block=96)),
+    "float8": (RTN(), Float8(block="channel")),
+}
+
+
 @evidence("H03", oracle="gradients of the dense product by jax", code="llmjax.quant.matmul")
-@pytest.mark.parametrize("method", [RTN(), Rotated()], ids=["rtn", "rotated"])
-def test_dot_and_its_gradient(evidence, method):
+@pytest.mark.parametrize("product", PRODUCTS)
+def test_dot_and_its_gradient(evidence, product):
     """The same sums in another order; what the backward pass keeps is no dense matrix."""
-    layout = Layout(inputs=(2, 32), outputs=(3, 16))
-    tensor, x = matrices(normal(*layout.shape), None, NF4(double=True), method, layout), normal(5, 7, 2, 32, seed=1)
+    layout, (method, form) = Layout(inputs=(2, 32), outputs=(3, 16)), PRODUCTS[product]
+    tensor, x = matrices(normal(*layout.shape), None, form, method, layout), normal(5, 7, 2, 32, seed=1)
     weights = normal(5, 7, 3, 16, seed=2)
 
     def loss(x, tensor):
@@ -96,9 +109,26 @@ def test_dot_and_its_gradient(evidence, method):
     y = jax.jit(lambda x, t: t.dot(x, 2))(x, tensor)
     np.testing.assert_allclose(y, np.tensordot(x, tensor.dense(), axes=2), atol=2e-5)
     kept = jax.eval_shape(lambda x, t: jax.vjp(lambda x: t.dot(x, 2), x)[1], x, tensor)
-    assert not [leaf for leaf in jax.tree.leaves(kept) if leaf.shape in ((64, 48), (48, 64))]
+    assert not [leaf for leaf in jax.tree.leaves(kept) if leaf.shape in ((64, 48), (48, 64)) and leaf.dtype != np.uint8]
     zero = jax.jit(jax.grad(loss, argnums=1, allow_int=True))(x, tensor)
     assert not any(np.any(leaf) for leaf in jax.tree.leaves(zero) if leaf.dtype == jnp.float32)
+
+
+def test_products_on_tpu_are_the_kernel_s():
+    """Of formats and rows that it knows; on several devices, and of blocks across outputs, they are XLA's."""
+    layout, x = Layout((256,), (128,)), jnp.zeros((2, 256))
+    mesh = jax.sharding.AbstractMesh((2,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+
+    def kernels(form):
+        tensor = matrices(jnp.zeros(layout.shape), None, form, RTN(), layout)
+        grad = jax.grad(lambda x: jnp.sum(tensor.dot(x, 1) ** 2))
+        return str(jax.make_jaxpr(grad)(x)).count("name=dequantising_matmul")
+
+    with mock.patch.object(chips, "target", return_value=("tpu", "TPU v5 lite")):
+        assert [kernels(form) for form in (NF4(double=True), Integer(bits=8, block="channel"))] == [2, 2]
+        assert [kernels(form) for form in (FP4(block=96), Float8(), Integer(bits=3))] == [0, 0, 0]
+        with jax.sharding.use_abstract_mesh(mesh):
+            assert kernels(NF4()) == 0
 
 
 def test_the_dtype_that_is_handed_out():
