@@ -41,6 +41,7 @@ from llmjax.train.schedules import Cosine
 BASE = "models/base"
 CODE = str(Path(os.__file__).parent / "[a-h]*.py")
 """modules of the standard library"""
+SMALL = Decoder(vocab=257, d_model=64, layers=1, pattern=(Block(mixer=Attention(heads=2), mlp=GLU()),))
 
 
 def experiment() -> Experiment:
@@ -130,8 +131,26 @@ def prefix() -> Experiment:
 
 def tiny() -> Experiment:
     """QLoRA on a random model of one layer, to see that all of it runs: seconds on a CPU."""
-    small = Decoder(vocab=257, d_model=64, layers=1, pattern=(Block(mixer=Attention(heads=2), mlp=GLU()),))
-    model = Adapted(base=Quantised(base=small), adapters=(LoRA(rank=4),))
-    run = _tuned("tiny", model, 3e-3)
+    return _tiny("tiny", Adapted(base=Quantised(base=SMALL), adapters=(LoRA(rank=4),)))
+
+
+def tiny_full() -> Experiment:
+    """All parameters of that model."""
+    return _tiny("tiny_full", SMALL)
+
+
+def tiny_lora() -> Experiment:
+    """LoRA on it."""
+    return _tiny("tiny_lora", Adapted(base=SMALL, adapters=(LoRA(rank=4),)))
+
+
+def tiny_prompt() -> Experiment:
+    """Prompt tuning of it."""
+    return _tiny("tiny_prompt", Adapted(base=SMALL, adapters=(PromptTuning(count=4),)))
+
+
+def _tiny(name: str, model: Model) -> Experiment:
+    """20 updates on bytes."""
+    run = _tuned(name, model, 3e-3)
     data = replace(run.data, tokenizer=Bytes(), length=64)
     return replace(run, data=data, train=replace(run.train, steps=20, eval_every=20, eval_batches=2, log_every=5))
