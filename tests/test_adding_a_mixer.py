@@ -9,6 +9,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).resolve().parents[1]
 CONTRACT = """
 from ema import EMA
@@ -23,6 +25,7 @@ def test_the_contract():
 """
 
 
+@pytest.mark.mixers
 def test_the_worked_example_works(tmp_path):
     module, test = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "adding_a_mixer.md").read_text(), re.DOTALL)
     (tmp_path / "ema.py").write_text(module)

@@ -129,6 +129,7 @@ def test_only_passing_tests_leave_a_record(repository: Path) -> None:
     assert {row: entry["error"] for row, entry in merged.items()} == {"A29": 0.2, "A30": 0.2}
 
 
+@pytest.mark.slow
 def test_a_record_does_not_outlive_its_test_passing(repository: Path) -> None:
     """What passed once and fails now is no evidence any more."""
     path = repository / "tests" / "test_it.py"

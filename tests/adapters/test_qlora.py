@@ -100,6 +100,7 @@ def test_the_backward_pass_keeps_no_dense_matrix():
     assert kept["packed"] - kept["dense"] < 0.2 * matrices
 
 
+@pytest.mark.adapters
 @evidence("G37", oracle="the frozen base's bytes, and the uninterrupted run's", code="llmjax.quant.quantised")
 @evidence(
     "G36",

@@ -25,6 +25,8 @@ from tests.evidence import evidence
 from tests.models.golden import FOLDER
 from tests.train.tiny import differing, tiny
 
+pytestmark = pytest.mark.adapters
+
 SCHEDULE = Constant(learning_rate=3e-3)
 BUDGET = RankBudgetAdamW(schedule=SCHEDULE, rank=1, start=2, until=8, every=2)
 

@@ -181,6 +181,7 @@ def test_the_loss_is_that_of_the_chosen_tokens():
     assert evaluate(batch) != evaluate(batch_of((TOKENS + 1) % 30, positions))
 
 
+@pytest.mark.mixers
 def test_it_learns_what_a_masked_token_was():
     """Rows of one token: a gap is what its neighbours are."""
     objective, model = Masked(mask_id=30, vocab=30, chunk=None), dataclasses.replace(BERT, pooler=False, token_types=0)

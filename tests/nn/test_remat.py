@@ -96,12 +96,11 @@ def test_kept_bytes_are_those_of_what_is_named(evidence):
 
 @evidence("E46", oracle="bytes of the same blocks, each a repeat of its own", code="llmjax.nn.stack")
 def test_what_is_kept_does_not_depend_on_how_blocks_are_repeated(evidence):
-    """Four blocks in one, two or four repeats keep four inputs; loops add a number or two to them (1 percent)."""
-    one, *others = (
-        bytes_of(dataclasses.replace(MODEL, layers=4, pattern=MODEL.pattern * count)) for count in (1, 2, 4)
-    )
-    for kept in others:
-        evidence.record(max(abs(kept[name] / one[name] - 1) for name in ("dots", "attention", "full")), 0.01)
+    """Four blocks in one or four repeats keep four inputs; loops add a number or two to them (1 percent)."""
+    for name in ("dots", "full"):
+        models = [dataclasses.replace(MODEL, layers=4, pattern=MODEL.pattern * count) for count in (1, 4)]
+        kept = [bytes_of(model, name)[name] for model in models]
+        evidence.record(abs(kept[1] / kept[0] - 1), 0.01)
 
 
 def test_without_attention_kernels_there_is_nothing_more_to_keep():
@@ -109,9 +108,9 @@ def test_without_attention_kernels_there_is_nothing_more_to_keep():
     assert kept["full"] == kept["attention"] < kept["dots"]
 
 
-def bytes_of(model):
-    """What the forward pass hands to the backward pass under every policy."""
-    experiments = {name: Experiment(model=remat(name, model), data=DATA) for name in POLICIES}
+def bytes_of(model, *names):
+    """What the forward pass hands to the backward pass under these policies, or under every one."""
+    experiments = {name: Experiment(model=remat(name, model), data=DATA) for name in names or POLICIES}
     return {name: memory(experiment)["activations"] for name, experiment in experiments.items()}
 
 

@@ -69,6 +69,7 @@ def test_noise_penalty(evidence):
     assert float(noise_penalty(rounded(w, form), form)) < 1e-15
 
 
+@pytest.mark.adapters
 @evidence(
     "H14", oracle="law: what is computed in training is what the quantised model computes", code="llmjax.quant.qat"
 )

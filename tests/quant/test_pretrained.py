@@ -144,6 +144,7 @@ def packed(tmp_path_factory):
     return folders(tmp_path_factory.mktemp("packed"), *CASES["gptq, act-order"])[0]
 
 
+@pytest.mark.adapters
 def test_lora_trains_on_a_packed_folder_over_devices(packed):
     """Each device holds its part of the file's codes, and the loss falls by the adapters alone."""
     base = FromPretrained(str(packed))

@@ -43,6 +43,7 @@ def compare_runs(config, run_dir, other):
     return bytes_apart
 
 
+@pytest.mark.slow
 @evidence("E54", oracle="the uninterrupted run, bit by bit", code="llmjax.train.loop.fit")
 def test_resuming_at_any_checkpoint_repeats_the_run(evidence, tmp_path):
     config = experiment(checkpoint_every=1, keep_last=99)
