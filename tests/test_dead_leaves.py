@@ -38,6 +38,7 @@ from llmjax.train.loop import fit
 from llmjax.train.loss_scale import Dynamic
 from llmjax.train.optimizers import AdamW, Group, Optimizer
 from llmjax.train.precision import Precision
+from llmjax.train.ramp import BatchRamp
 from llmjax.train.schedules import Cosine, Schedule
 from llmjax.train.state import plan
 from llmjax.train.step import Step, apply_of
@@ -94,6 +95,8 @@ def base() -> Experiment:
         optimizer=AdamW(schedule=Cosine(warmup=2), groups=GROUPS),
         train=Train(
             steps=4,
+            accumulate=2,
+            ramp=BatchRamp(start=1, over=24),
             eval_every=1,
             checkpoint_every=1,
             log_every=1,

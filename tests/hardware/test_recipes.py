@@ -59,6 +59,7 @@ def test_one_gpu_recipe_compiles_and_fits(topology, memory):
     assert found["arguments"] + found["temporary"] < memory
 
 
+@pytest.mark.long
 def test_fsdp_divides_the_state_over_the_chips():
     found = compile_for("v5p:2x2x1", "--mesh.fsdp=4")
     assert found["pallas"]
