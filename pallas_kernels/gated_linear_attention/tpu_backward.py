@@ -115,24 +115,9 @@ def decay_gradient(
     return after + before + own
 
 
-def backward_kernel(
-    tiling: Tiling,
-    gained: bool,
-    query: Any,
-    key: Any,
-    value: Any,
-    rows: Any,
-    states: Any,
-    d_out: Any,
-    d_last: Any,
-    d_query: Any,
-    d_key: Any,
-    d_value: Any,
-    d_rows: Any,
-    d_first: Any,
-    d_state: Any,
-) -> None:
+def backward_kernel(tiling: Tiling, gained: bool, *refs: Any) -> None:
     """One chunk of a block of heads; `d_state` is G, then d_S."""
+    query, key, value, rows, states, d_out, d_last, d_query, d_key, d_value, d_rows, d_first, d_state = refs
 
     @pl.when(pl.program_id(2) == 0)
     def start() -> None:

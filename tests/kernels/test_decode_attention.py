@@ -3,22 +3,19 @@
 import contextlib
 import functools
 import math
-from unittest import mock
 
 import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax._src.pallas.mosaic.interpret import interpret_pallas_call
-from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels import chips
-from pallas_kernels._compat import absent_gpu, simulated_gpu, simulates_gpu, tpu_simulation
+from pallas_kernels._compat import absent_gpu, simulated_gpu, simulates_gpu
 from pallas_kernels.decode_attention import decode_attention, xla
 from pallas_kernels.decode_attention.cache import Blocks, Cache, Config
 from pallas_kernels.decode_attention.registry import choose
 from tests.evidence import evidence
+from tests.kernels.simulated import simulated_tpu
 
 CONFIGS = {"reference": None, "xla": Config(block_k=7)}
 PLAIN = list(CONFIGS)
@@ -43,18 +40,6 @@ def paged(
     key[~used], value[~used] = np.nan, np.nan
     query = rng.standard_normal((batch, queries, heads, head_dim)).astype(np.float32)
     return [jnp.asarray(x) for x in (query, key, value, table, np.asarray(lengths, np.int32))]
-
-
-@contextlib.contextmanager
-def simulated_tpu():
-    """Programs are for a TPU, whose kernels run on the CPU with memories, copies and races simulated."""
-    with (
-        mock.patch.object(chips, "target", return_value=("tpu", "TPU v5 lite")),
-        pltpu.force_tpu_interpret_mode(tpu_simulation(detect_races=True)),
-    ):
-        yield
-    races = interpret_pallas_call.races
-    assert races is None or not races.races_found
 
 
 def contiguous(pages, table, length):

@@ -1,19 +1,13 @@
 """The dequantising product's TPU kernel, simulated on the CPU with its memories and copies; a race fails."""
 
-import contextlib
-from unittest import mock
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax._src.pallas.mosaic.interpret import interpret_pallas_call
-from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels import chips
-from pallas_kernels._compat import tpu_simulation
 from pallas_kernels.dequantising_matmul import dequantising_matmul, registry, tpu
 from tests.evidence import evidence
+from tests.kernels.simulated import simulated_tpu
 from tests.kernels.test_dequantising_matmul import BOOK, TOLERANCE, against_numpy, drawn
 
 pytestmark = pytest.mark.adapters
@@ -26,18 +20,6 @@ CASES = {
     "int4_channel_zeros": {"bits": 4, "inputs": 768, "zeros": True},
     "codebook": {"bits": 4, "inputs": 768, "blocks": 3, "codebook": BOOK},
 }
-
-
-@contextlib.contextmanager
-def simulated_tpu():
-    """Programs are for a TPU, whose kernels run on the CPU with memories, copies and races simulated."""
-    with (
-        mock.patch.object(chips, "target", return_value=("tpu", "TPU v5 lite")),
-        pltpu.force_tpu_interpret_mode(tpu_simulation(detect_races=True)),
-    ):
-        yield
-    races = interpret_pallas_call.races
-    assert races is None or not races.races_found
 
 
 @pytest.fixture
