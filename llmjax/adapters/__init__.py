@@ -3,6 +3,7 @@
 from llmjax.adapters.adalora import AdaLoRA
 from llmjax.adapters.adapted import Adapted
 from llmjax.adapters.base import Adapter, ProjectionAdapter
+from llmjax.adapters.boft import BOFT
 from llmjax.adapters.bottleneck import Bottleneck
 from llmjax.adapters.compacter import Compacter
 from llmjax.adapters.dora import DoRA
@@ -27,6 +28,7 @@ from llmjax.adapters.unipelt import unipelt
 from llmjax.adapters.vera import VeRA
 
 __all__ = [
+    "BOFT",
     "IA3",
     "OFT",
     "AdaLoRA",

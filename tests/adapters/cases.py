@@ -29,6 +29,7 @@ MODELS = {
 TOKENS = np.random.default_rng(0).integers(0, 11, (2, 6)).astype(np.int32)
 
 SMALL = {
+    "BOFT": {"block": 2, "factors": 2, "targets": "blocks/.*/(?!step)[a-z]+$"},
     "OFT": {"block": 2, "targets": "blocks/.*/(?!step)[a-z]+$"},
     "OLoRA": {"rank": 1, "alpha": 1.0},
     "PiSSA": {"rank": 1, "alpha": 1.0},

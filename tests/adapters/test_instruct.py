@@ -80,7 +80,7 @@ def measured(folder, run, file):
     return exact, evaluate(opened)["bits_per_byte"]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @evidence("G38", oracle="the rule itself on held-out words: exact match", code="llmjax.data.instructions")
 def test_the_toy_learns_a_rule_that_its_base_has_never_seen(tmp_path, monkeypatch, evidence):
     """Every command of the recipe's toy. Tolerances: a third of the responses may be wrong; without training all are.

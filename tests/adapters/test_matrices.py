@@ -10,6 +10,7 @@ from flax.core import meta
 
 from llmjax.adapters import Adapted
 from llmjax.adapters.adalora import AdaLoRA, penalty
+from llmjax.adapters.boft import BOFT
 from llmjax.adapters.dora import DoRA
 from llmjax.adapters.dylora import DyLoRA
 from llmjax.adapters.loha import LoHa
@@ -161,6 +162,24 @@ def test_oft_turns():
     assert np.abs(series - (2 * q + 2 * q @ q + 2 * q @ q @ q + q @ q @ q @ q)).max() < 1e-6
 
 
+def test_boft_turns():
+    """R is orthogonal: 1e-6, float32 products of three turns. Each feature meets block 2^(factors - 1) others, itself
+    counted; one factor is OFT of the same Q.
+    """
+    square = Projection((16,), (16,), ("d_model", "d_ff"))
+    skew = RANDOM.normal(size=(3, 4, 4, 4)).astype(np.float32)
+    for factors in (1, 2, 3):
+        params = {"skew": jnp.asarray(skew[:factors]), "scale": jnp.ones(16)}
+        turn = np.asarray(BOFT(block=4, factors=factors).weight(params, jnp.eye(16), square, None), np.float64)
+        assert np.abs(turn @ turn.T - np.eye(16)).max() < 1e-6
+        met = np.kron(np.eye(16 // (4 * 2 ** (factors - 1))), np.ones((4 * 2 ** (factors - 1),) * 2))
+        assert np.array_equal(turn != 0, met != 0)
+    scale = jnp.asarray(RANDOM.normal(size=16), jnp.float32)
+    ours = BOFT(block=4).weight({"skew": jnp.asarray(skew[:1]), "scale": scale}, jnp.eye(16), square, None)
+    upper = ((skew[0] - skew[0].transpose(0, 2, 1)) / 2)[:, *np.triu_indices(4, 1)]
+    assert relative(ours, OFT(block=4).weight({"skew": jnp.asarray(upper)}, jnp.eye(16), square, None) * scale) < 1e-6
+
+
 def test_vera_trains_vectors_only():
     """rank + outputs numbers a projection: r 256 on the queries and values of GPT-2 124M, 12 x 2 x (768 + 256)."""
     model = Adapted(base=gpt2("124M"), adapters=(VeRA(targets="qv"),))
@@ -246,6 +265,9 @@ def test_dylora(evidence):
     [
         (OFT(block=3), "block=3.*does not divide the 8 inputs of"),
         (OFT(block=1), "block.*at least 2"),
+        (BOFT(block=4, factors=2), "block=4.*is 8, which does not divide the 12 inputs of"),
+        (BOFT(block=3, factors=2), "block.*must be even"),
+        (BOFT(factors=0), "factors.*at least 1"),
         (LoKr(factor=0), "factor.*at least 1, or -1"),
         (LoHa(rank=0), "rank.*at least 1"),
         (VeRA(rank=0), "rank.*at least 1"),

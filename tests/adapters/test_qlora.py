@@ -56,6 +56,7 @@ def relative(mine, theirs):
     return float(np.abs(mine - theirs).max() / np.abs(theirs).max())
 
 
+@pytest.mark.adapters
 @evidence(
     "G35", oracle="the model with the dequantised matrices, dense: outputs and gradients", code="llmjax.quant.quantised"
 )

@@ -125,6 +125,7 @@ def test_unrolling_and_remat_change_no_bit_of_the_layout_and_no_value():
         chex.assert_trees_all_close(gradients(**changes), base, atol=2e-4, rtol=2e-4)
 
 
+@pytest.mark.matrix
 @evidence("E46", oracle="compiled memory_analysis", code="llmjax.nn.decoder")
 def test_remat_saves_memory(evidence):
     def temporary(remat):

@@ -112,6 +112,7 @@ def test_without_positions_states_move_with_their_tokens(evidence):
     evidence.record(np.abs(moved - states[:, order]).max() / np.abs(states).max(), 2e-6)
 
 
+@pytest.mark.mixers
 def test_types_and_the_pooled_first_token():
     """The pooled state is tanh(W x + b) of the first token that is present, wherever padding stands."""
     params = params_of(BERT)
@@ -163,6 +164,7 @@ def test_masking_statistics(evidence):
         evidence.record(abs(share - p) / math.sqrt(p * (1 - p) / count), 5)
 
 
+@pytest.mark.mixers
 def test_the_loss_is_that_of_the_chosen_tokens():
     """optax on dense logits of the same corruption; without a key the corruption is that of the batch."""
     objective, model = Masked(mask_id=30, vocab=30, chunk=5), dataclasses.replace(BERT, pooler=False)

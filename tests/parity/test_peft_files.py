@@ -9,6 +9,7 @@ import numpy as np
 import peft
 import pytest
 import torch
+import transformers
 from safetensors.numpy import load_file, save_file
 
 from llmjax.adapters import Adapted, LoRA
@@ -57,6 +58,7 @@ LORA = {
     "llama pissa": (LLAMA, {"r": 3, "init_lora_weights": "pissa", "target_modules": ["q_proj", "down_proj"]}),
     "llama olora": (LLAMA, {"r": 3, "init_lora_weights": "olora", "target_modules": ["q_proj", "down_proj"]}),
 }
+BIASED = transformers.LlamaConfig(**LLAMA.to_diff_dict() | {"attention_bias": True})
 SOME = {"target_modules": ["q_proj", "v_proj", "o_proj", "down_proj"]}
 CAUSAL = "CAUSAL_LM"
 CASES = {name: (base, peft.LoraConfig(task_type=CAUSAL, **options)) for name, (base, options) in LORA.items()} | {
@@ -78,6 +80,11 @@ CASES = {name: (base, peft.LoraConfig(task_type=CAUSAL, **options)) for name, (b
     "lokr whole": (LLAMA, peft.LoKrConfig(task_type=CAUSAL, r=8, alpha=5, decompose_factor=4, **SOME)),
     "oft": (LLAMA, peft.OFTConfig(task_type=CAUSAL, oft_block_size=4, **SOME)),
     "oft exact": (LLAMA, peft.OFTConfig(task_type=CAUSAL, oft_block_size=4, use_cayley_neumann=False, **SOME)),
+    "boft": (LLAMA, peft.BOFTConfig(task_type=CAUSAL, boft_block_size=4, **SOME)),
+    "boft factors": (
+        BIASED,
+        peft.BOFTConfig(task_type=CAUSAL, boft_block_size=2, boft_n_butterfly_factor=3, **SOME),
+    ),
     "prompt": (LLAMA, peft.PromptTuningConfig(task_type=CAUSAL, num_virtual_tokens=4)),
     "p-tuning": (GPT2, peft.PromptEncoderConfig(task_type=CAUSAL, num_virtual_tokens=4, encoder_hidden_size=6)),
     "prefix": (LLAMA, peft.PrefixTuningConfig(task_type=CAUSAL, num_virtual_tokens=4)),
@@ -105,6 +112,21 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+class BlockDiagonals:
+    """What peft compiles for CUDA, and without which it has one factor: blocks `[m, n, b, b]` on diagonals."""
+
+    @staticmethod
+    def forward(blocks):
+        """Tensors `[m, n b, n b]`."""
+        return [torch.stack([torch.block_diag(*factor) for factor in blocks])]
+
+
+@pytest.fixture(autouse=True)
+def butterflies(monkeypatch):
+    """peft's BOFT with all its factors."""
+    monkeypatch.setattr("peft.tuners.boft.layer.get_fbd_cuda", lambda: BlockDiagonals)
 
 
 def adapted_by_peft(base_config, options, folder, shake=0.1):
@@ -332,6 +354,12 @@ def test_modules_that_are_another_function_here_are_not_read(tmp_path):
         (LLAMA, peft.IA3Config(feedforward_modules=[], **llama), r"down_proj.ia3_l has shape \[24, 1\], not \[1, 40\]"),
         (LLAMA, peft.OFTConfig(oft_block_size=4, coft=True, **llama), "coft is not read"),
         (LLAMA, peft.OFTConfig(r=2, oft_block_size=0, **llama), "r is not read without oft_block_size"),
+        (LLAMA, peft.BOFTConfig(boft_dropout=0.1, **llama), "boft_dropout is not read"),
+        (
+            LLAMA,
+            peft.BOFTConfig(boft_block_num=2, boft_block_size=0, **llama),
+            "boft_block_num is not read without boft_block_size",
+        ),
     ):
         adapted_by_peft(base_config, options, tmp_path)
         with pytest.raises(InputError, match=reason):

@@ -119,6 +119,7 @@ CASES = {
 }
 
 
+@pytest.mark.adapters
 @pytest.mark.parametrize("case", CASES)
 def test_packed_folders(case, tmp_path):
     """The values of the published layout, exactly; the logits of the dense model, but for the order of sums."""

@@ -241,6 +241,7 @@ def test_a_damaged_checkpoint_is_passed_over_with_a_warning(finished, tmp_path):
     chex.assert_trees_all_equal(params, load_params(experiment, folder, pytest.fail)[0])
 
 
+@pytest.mark.matrix
 @pytest.mark.devices(8)
 def test_eight_devices_train_like_one(tmp_path):
     losses = []

@@ -3,6 +3,7 @@
 import dataclasses
 
 import jax
+import pytest
 
 from llmjax.train import checkpoint
 from llmjax.train.loop import fit
@@ -12,6 +13,7 @@ from llmjax.train.state import plan
 from tests.train.tiny import differing, tiny
 
 
+@pytest.mark.adapters
 def test_moments_in_host_memory_change_no_bit(tmp_path):
     """The state after an uninterrupted run on the device, and after a resumed one with moments on the host."""
     usual = tiny({"optimizer": AdamW(schedule=Constant(learning_rate=3e-3))})

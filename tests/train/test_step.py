@@ -273,8 +273,17 @@ def test_mfu(evidence):
 @evidence("E48", oracle="jax.grad on one device", code="llmjax.parallel.mesh.shardings")
 @evidence("E49", oracle="jax.grad on one device", code="llmjax.train.step.Step")
 @pytest.mark.devices(8)
-@pytest.mark.parametrize("mesh", [MeshConfig(data=8), MeshConfig(fsdp=8), MeshConfig(data=2, fsdp=4)], ids=str)
-@pytest.mark.parametrize("accumulate", [1, 2])
+@pytest.mark.parametrize(
+    ("mesh", "accumulate"),
+    [
+        (MeshConfig(data=2, fsdp=4), 2),
+        *(
+            pytest.param(mesh, count, marks=pytest.mark.matrix)
+            for mesh in (MeshConfig(data=8), MeshConfig(fsdp=8))
+            for count in (1, 2)
+        ),
+    ],
+)
 def test_eight_devices_are_one(evidence, mesh, accumulate):
     experiment = dataclasses.replace(tiny({"data.batch_size": 16}, accumulate=accumulate), mesh=mesh)
     batch = batch_of(experiment)

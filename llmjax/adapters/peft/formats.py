@@ -6,6 +6,7 @@ from typing import Any
 
 from llmjax.adapters.adalora import AdaLoRA
 from llmjax.adapters.base import Adapter, ProjectionAdapter
+from llmjax.adapters.boft import BOFT
 from llmjax.adapters.dora import DoRA
 from llmjax.adapters.ia3 import IA3
 from llmjax.adapters.loha import LoHa
@@ -141,5 +142,15 @@ FORMATS: tuple[Format, ...] = (
         other.oft_of,
         refused=("coft", "block_share", "module_dropout"),
         bias="oft_only",
+    ),
+    Format(
+        "BOFT",
+        BOFT,
+        other.boft_parts,
+        other.boft_config,
+        other.boft_of,
+        refused=("boft_dropout",),
+        bias="boft_only",
+        idle=False,
     ),
 )

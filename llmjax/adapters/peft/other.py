@@ -1,8 +1,9 @@
-"""Methods that are not LoRA in peft's names: VeRA, IA3, LoHa, LoKr, OFT."""
+"""Methods that are not LoRA in peft's names: VeRA, IA3, LoHa, LoKr, OFT, BOFT."""
 
 from collections.abc import Mapping
 from typing import Any
 
+from llmjax.adapters.boft import BOFT
 from llmjax.adapters.ia3 import IA3, writes
 from llmjax.adapters.loha import LoHa
 from llmjax.adapters.lokr import LoKr
@@ -119,3 +120,27 @@ def oft_of(theirs: Mapping[str, Any]) -> OFT:
         raise InputError("r is not read without oft_block_size: blocks are of one size")
     terms = theirs.get("num_cayley_neumann_terms", 5) if theirs.get("use_cayley_neumann", True) else None
     return OFT(block=block, terms=terms)
+
+
+def boft_parts(adapter: BOFT, projection: Projection) -> tuple[Part, ...]:
+    """The matrices of which peft takes the skew part with the other sign, and the scale."""
+    axes = "factors blocks row column"
+    return Part("skew", "boft_R", f"{axes} -> {axes}", -1.0), Part("scale", "boft_s", "O 1 -> O")
+
+
+def boft_config(adapter: BOFT) -> dict[str, Any]:
+    """The keys of BOFT."""
+    return {
+        "boft_block_size": adapter.block,
+        "boft_block_num": 0,
+        "boft_n_butterfly_factor": adapter.factors,
+        "bias": "none",
+    }
+
+
+def boft_of(theirs: Mapping[str, Any]) -> BOFT:
+    """Our BOFT; InputError where blocks are told by their number."""
+    block = theirs.get("boft_block_size", 4)
+    if not block:
+        raise InputError("boft_block_num is not read without boft_block_size: blocks are of one size")
+    return BOFT(block=block, factors=theirs.get("boft_n_butterfly_factor", 1))
