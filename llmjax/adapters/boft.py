@@ -76,12 +76,8 @@ class BOFT(ProjectionAdapter):
         yield from super().problems_in(model)
         together = self.block * 2 ** (self.factors - 1)
         for path, p in self.found(model).items():
-            if math.prod(p.inputs) % together:
-                yield (
-                    "block",
-                    f"times 2^(factors - 1) is {together}, which does not divide the {math.prod(p.inputs)} "
-                    f"inputs of {path}",
-                )
+            if (inputs := math.prod(p.inputs)) % together:
+                yield "block", f"times 2^(factors - 1), {together}, does not divide the {inputs} inputs of {path}"
                 return
 
     def problems(self) -> Iterator[tuple[str, str]]:

@@ -301,6 +301,16 @@ def test_layers_that_have_no_adapter(tmp_path):
         load_peft(tmp_path / "adapter", *load_hf(tmp_path / "base"))
 
 
+def test_factors_that_peft_left_out(tmp_path, monkeypatch):
+    """Without a compiler for CUDA peft makes one factor of those that the config says: the tensors count."""
+    monkeypatch.setattr("peft.tuners.boft.layer.get_fbd_cuda", lambda: None)
+    options = peft.BOFTConfig(task_type=CAUSAL, boft_block_size=2, boft_n_butterfly_factor=2, **SOME)
+    theirs = adapted_by_peft(LLAMA, options, tmp_path, 0.3)
+    model, params = load_peft(tmp_path / "adapter", *load_hf(tmp_path / "base"))
+    assert model.adapters[0].factors == 1
+    assert relative(logits_of(model, params), torch_logits(theirs)) < 1e-5
+
+
 def test_ranks_that_adalora_has_cut(tmp_path):
     """Of a folder whose cut values are left out the scale is that of the rank before."""
     theirs = peft.get_peft_model(random_model(LLAMA, 0), CASES["adalora"][1])

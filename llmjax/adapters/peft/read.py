@@ -13,6 +13,7 @@ import numpy as np
 
 from llmjax.adapters.adapted import Adapted
 from llmjax.adapters.base import ADAPTERS, PRESETS, ProjectionAdapter
+from llmjax.adapters.boft import BOFT
 from llmjax.adapters.lora import LoRA
 from llmjax.adapters.peft.formats import CONFIG, FORMATS, NORMS, TUNED, WEIGHTS, read_config
 from llmjax.adapters.peft.modules import PREFIX, SHARED, Module, Part, innermost, modules_of
@@ -109,11 +110,18 @@ class Reader:
         paths = {path for module, _ in self.modules.values() for path in module.paths}
         changes: dict[str, Any] = {"targets": targets_of(paths, self.base)}
         if isinstance(self.method, LoRA):
-            ranks = (x.shape[0] for _, parts in self.modules.values() for p, x in parts.items() if p.leaf == "a")
-            rank = max(ranks, default=self.method.rank)
+            rank = self.length("a", self.method.rank)
             root = math.sqrt(rank) if self.method.stabilised else rank
             changes |= {"rank": rank, "alpha": self.method.scale * root}
+        if isinstance(self.method, BOFT):
+            # Where peft has no CUDA compiler it makes one factor, and its config keeps the number that was asked for.
+            changes["factors"] = self.length("skew", self.method.factors)
         return self.filled(replace(self.method, **changes), params)
+
+    def length(self, leaf: str, default: int) -> int:
+        """The longest first axis of the tensors of one parameter."""
+        found = (x.shape[0] for _, parts in self.modules.values() for part, x in parts.items() if part.leaf == leaf)
+        return max(found, default=default)
 
     def filled(self, adapter: Any, params: Params) -> tuple[Adapted, Params]:
         """The parameters of an adapter that has the right rank and targets."""
