@@ -278,6 +278,7 @@ def test_every_verb_ends_with_one_json_object(folder: Path, trained: Called, wor
     assert not call(*words).out.splitlines()[-1].startswith("{")
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_only_with_the_same_experiment(folder: Path, trained: Called) -> None:
     """Another seed is refused with path and both values, nothing touched; 2 + 2 steps end bitwise where 4 do."""
     run_dir = folder / "continued"
@@ -295,6 +296,7 @@ def test_a_run_goes_on_only_with_the_same_experiment(folder: Path, trained: Call
     assert digests[0] == digests[1]
 
 
+@pytest.mark.slow
 def test_a_signal_saves_and_exits_with_0(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """SIGTERM after the first line of metrics: the step is saved, no report is made, and the command goes on later."""
     show = progress_bar.Progress.__call__

@@ -119,6 +119,7 @@ def repository(tmp_path: Path) -> Path:
     return tmp_path
 
 
+@pytest.mark.slow
 def test_only_passing_tests_leave_a_record(repository: Path) -> None:
     """Two rows from two parameters; nothing from a test that fails, goes beyond its tolerance or records nothing."""
     result = run_pytest(repository)

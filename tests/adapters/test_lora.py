@@ -111,6 +111,7 @@ def test_dropout_is_for_training_and_keeps_the_mean():
     assert jnp.all(jnp.abs(jnp.mean(many, axis=0) - first_output()) <= 5 * deviation / math.sqrt(2000) + 1e-6)
 
 
+@pytest.mark.adapters
 @evidence("G01", oracle="the base's bytes before and after training", code="llmjax.adapters.adapted")
 @evidence("G04", oracle="bytes of Adam's moments, two for each trained parameter", code="llmjax.adapters.adapted")
 def test_training_changes_the_adapter_alone(tmp_path, evidence):

@@ -54,6 +54,7 @@ def test_merged_equals_dynamic_and_unmerges(kind, evidence):
             evidence.record(float(np.abs(again[path] - x).max() / max(1, np.abs(x).max())), 1e-6)
 
 
+@pytest.mark.adapters
 def test_a_quantised_base_is_asked_for_first():
     """Merging into a quantised matrix is refused in one line; dequantised, it is the model with its adapters."""
     base = Quantised(base=MODELS["attention"])

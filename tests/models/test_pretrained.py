@@ -43,6 +43,7 @@ def folder(tmp_path, monkeypatch):
     return path
 
 
+@pytest.mark.adapters
 def test_import_generate_and_export(folder, tmp_path, capsys):
     run, out = str(tmp_path / "run"), tmp_path / "out"
     assert main(["import", str(folder), run, *DATA]) == 0

@@ -75,6 +75,7 @@ class Steep(NextToken):
         return value + jnp.sqrt(jnp.sum(params["head"]["kernel"] * 0)), metrics
 
 
+@pytest.mark.slow
 def test_a_bad_gradient_of_a_finite_loss_is_named():
     experiment = dataclasses.replace(tiny(), objective=Steep(chunk=None))
     assert diagnosis(experiment).startswith("NaN in gradient of parameter head/kernel")

@@ -116,6 +116,7 @@ def test_more_steps_go_on_where_it_ended(finished, tmp_path):
     assert [line["step"] for line in read_metrics(tmp_path) if "loss" in line] == [3, 6, 9, 12, 15]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["ema", "schedule_free"])
 def test_averages_are_what_is_evaluated_and_loaded(tmp_path, kind):
     experiment = tiny(ema=Ema(decay=0.9)) if kind == "ema" else dataclasses.replace(tiny(), optimizer=ScheduleFree())
@@ -143,6 +144,7 @@ def test_early_stopping_ends_the_run_and_stays_stopped(evidence, tmp_path):
     evidence.record(abs(result["steps"] - 6), 0)
 
 
+@pytest.mark.slow
 def test_the_best_checkpoint_is_the_one_of_lowest_loss(tmp_path):
     # Learning first, then a rate so high that the loss rises.
     class Rising(Constant):

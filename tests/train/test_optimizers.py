@@ -210,6 +210,7 @@ def test_adafactor_memory_of_a_stacked_attention_kernel(evidence):
     evidence.record(abs(sizes[1] / 2 / sizes[0] - 2048), 2.0)
 
 
+@pytest.mark.slow
 def test_adafactor_treats_each_layer_alone():
     params, gradients = model(), [jax.tree.map(lambda p: p * 0.1, model(1)), model(2)]
     config = Adafactor(**PLAIN, factor_from=4, momentum=0.5)
@@ -352,6 +353,7 @@ def is_average(node):
     return isinstance(node, optax.contrib.ScheduleFreeState)
 
 
+@pytest.mark.slow
 def test_schedule_free_evaluates_the_mean_of_the_iterates():
     params = model()
     config = ScheduleFree(clip=None, groups=(Group("head", frozen=True),))

@@ -122,6 +122,7 @@ def test_accumulated_gradients_are_those_of_the_big_batch(evidence, count):
     evidence.record(distance(gradients, whole), 1e-6)
 
 
+@pytest.mark.slow
 def test_a_microbatch_without_targets_changes_nothing():
     experiment = tiny(accumulate=2)
     batch = batch_of(experiment, ragged=False)
@@ -194,6 +195,7 @@ def test_bad_steps_change_nothing_and_end_the_run(evidence):
     evidence.record(changed + distance(start._replace(bad=None), frozen._replace(bad=None)), 0.0)
 
 
+@pytest.mark.slow
 def test_an_overflowing_loss_scale_backs_off_until_the_step_succeeds():
     precision = Precision("float16", loss_scale=Dynamic(scale=2.0**40))
     experiment = tiny(precision=precision, stop_after_bad=100)
@@ -205,6 +207,7 @@ def test_an_overflowing_loss_scale_backs_off_until_the_step_succeeds():
     assert float(state.loss_scale.scale) < 2.0**39
 
 
+@pytest.mark.slow
 def test_half_precision_gradients_are_near_those_of_float32():
     exact = build(tiny())[1].init(0)
     batch = batch_of(tiny())
@@ -218,6 +221,7 @@ def test_half_precision_gradients_are_near_those_of_float32():
         assert 0 < float(norm) < 0.05
 
 
+@pytest.mark.slow
 def test_the_average_follows_the_parameters():
     experiment = tiny(ema=Ema(decay=0.5, debias=False))
     batch = batch_of(experiment)
@@ -228,6 +232,7 @@ def test_the_average_follows_the_parameters():
     chex.assert_trees_all_close(one.ema.average, expected, atol=1e-7)
 
 
+@pytest.mark.slow
 def test_an_optimizer_that_asks_for_the_loss_gets_it():
     experiment = dataclasses.replace(tiny(accumulate=2), optimizer=Sophia(interval=1))
     state, metrics = run(experiment, batch_of(experiment), steps=2)
