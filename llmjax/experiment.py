@@ -79,6 +79,8 @@ class Experiment:
         packing = getattr(self.data, "packing", None)
         if getattr(self.model, "slots", 0) and packing is not None and not isinstance(packing, Padded):
             yield "data.packing", "puts several documents in a row, where model.adapters have a place: use Padded()"
+        if self.train.ramp is not None and self.train.ramp.start > self.data.batch_size:
+            yield "train.ramp.start", f"exceeds data.batch_size={self.data.batch_size}, which batches grow to"
         yield from self.mesh_problems()
         if not 0 <= self.seed < 2**63:
             yield "seed", "must be at least 0 and below 2**63"

@@ -114,4 +114,6 @@ def test_a_ramp_needs_microbatches(experiment):
     with pytest.raises(ConfigError, match=r"train\.ramp grows batches by microbatches: set train.accumulate"):
         validate(dataclasses.replace(experiment, train=dataclasses.replace(experiment.train, accumulate=1)))
     with pytest.raises(ConfigError, match=r"train\.ramp\.over=0 is below 1"):
-        validate(tiny(accumulate=2, ramp=BatchRamp(over=0)))
+        validate(tiny(accumulate=2, ramp=BatchRamp(start=2, over=0)))
+    with pytest.raises(ConfigError, match=r"train\.ramp\.start=9 exceeds data.batch_size=8"):
+        validate(tiny(accumulate=2, ramp=BatchRamp(start=9)))
