@@ -1,6 +1,7 @@
 # Every target sets up what it needs: Python >= 3.11 and make are enough. `make help` lists them.
 PYTHON ?= python3
 VENV ?= .venv
+WORKERS ?= 2
 ARGS ?=
 
 # torch, libtpu and the CUDA plugin each live in an environment of their own: where libtpu or a GPU plugin is installed, jax
@@ -18,7 +19,7 @@ NEWER_TESTS = tests/test_architecture.py tests/test_devices.py tests/test_config
 	tests/parallel/test_context.py tests/parallel/test_hosts.py tests/kernels/test_ring_attention.py \
 	tests/kernels/test_attention_hopper.py tests/kernels/test_decode_attention.py \
 	tests/kernels/test_selective_scan_hopper.py
-PYTEST = $(VENV)/bin/python -m pytest
+PYTEST = $(VENV)/bin/python -m pytest -n $(WORKERS)
 # Twice quiet: errors are shown, notices are not.
 PIP_FLAGS = --quiet --quiet --disable-pip-version-check
 ifndef DEMO_DIR
@@ -97,10 +98,10 @@ evidence: setup-test  ## run the tests that have an outside oracle; write docs/e
 # ---- the slow suites -------------------------------------------------------------------------------------------------
 
 slow: setup-test  ## kill and resume, convergence
-	$(PYTEST) -m slow $(ARGS)
+	$(PYTEST) -m "slow and not long" $(ARGS)
 
 multiprocess: setup-test  ## several jax processes on loopback
-	$(PYTEST) -m multiprocess -n 0 $(ARGS)
+	$(PYTEST) tests/multiprocess -m multiprocess -n 0 $(ARGS)
 
 matrix: setup-test  ## every leaf of every config
 	$(PYTEST) -m "matrix and not long" $(ARGS)
@@ -113,13 +114,13 @@ mixers: setup-test  ## every sequence mixer and stack: laws, oracles, transforma
 
 long: setup-test setup-hardware  ## what CI has no time for: pairs of parts, all meshes, pods' plans (an hour or two)
 	$(PYTEST) -m "long and not hardware" $(ARGS)
-	$(HARDWARE_ENV) $(HARDWARE_VENV)/bin/python -m pytest -m "long and hardware" -n 1 $(ARGS)
+	$(HARDWARE_ENV) $(HARDWARE_VENV)/bin/python -m pytest tests/hardware -m "long and hardware" -n 1 $(ARGS)
 
 parity: setup-parity  ## torch, transformers, peft and bitsandbytes beside our code (own environment, Python 3.11)
-	OMP_NUM_THREADS=1 $(PARITY_VENV)/bin/python -m pytest -m parity $(ARGS)
+	OMP_NUM_THREADS=1 $(PARITY_VENV)/bin/python -m pytest tests/parity -n $(WORKERS) -m parity $(ARGS)
 
 hardware: setup-hardware  ## compile for TPUs and GPUs that are not there (own environment, Python 3.11)
-	$(HARDWARE_ENV) $(HARDWARE_VENV)/bin/python -m pytest -m "hardware and not long" -n 1 $(ARGS)
+	$(HARDWARE_ENV) $(HARDWARE_VENV)/bin/python -m pytest tests/hardware -n $(WORKERS) -m "hardware and not long" $(ARGS)
 
 newer: setup-test  ## the subset CI runs with the newest Python and jax: make newer PYTHON=python3.13 VENV=.venv-newer
 	$(VENV)/bin/llmjax train experiments/quickstart.py --run-dir=$(DEMO_DIR) --train.steps=3

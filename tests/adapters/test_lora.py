@@ -32,6 +32,7 @@ def added(model, **fields):
     return Adapted(base=model, adapters=(LoRA(**fields),)).num_params() - model.num_params()
 
 
+@pytest.mark.adapters
 @evidence("G03", oracle="counts of the notes, checked there with peft", code="llmjax.adapters.base")
 def test_counts(evidence):
     """Targets by preset and pattern: GPT-2 124M, LLaMA 7B and single matrices."""

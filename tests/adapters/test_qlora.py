@@ -76,6 +76,7 @@ def test_it_is_the_model_of_the_dequantised_matrices(kind, evidence):
         evidence.record(relative(ours[path], theirs[path]), 2e-5)
 
 
+@pytest.mark.adapters
 @models
 def test_all_linear_layers_are_packed(kind):
     """Every adapted matrix is stored in half a byte a weight and its scales."""
@@ -87,6 +88,7 @@ def test_all_linear_layers_are_packed(kind):
         assert stored.codes.nbytes <= np.prod(stored.shape) / 2 + 8 * stored.shape[0]
 
 
+@pytest.mark.adapters
 def test_the_backward_pass_keeps_no_dense_matrix():
     """What is kept for it beside the codes does not grow with the matrices: they are decoded again."""
     start = tiny()

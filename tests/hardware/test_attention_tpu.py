@@ -81,7 +81,11 @@ def test_compiles_for(target, name):
     assert sum("attention_backward" in call for call in calls) == 1
 
 
-TUNED = [(target, entry) for target in TARGETS for entry in entries(target.partition(":")[0])]
+TUNED = [
+    pytest.param(target, entry, marks=() if target.startswith("v5p") else pytest.mark.long)
+    for target in TARGETS
+    for entry in entries(target.partition(":")[0])
+]
 
 
 @pytest.mark.parametrize(("target", "entry"), TUNED, ids=lambda x: x if isinstance(x, str) else str(x["causal"]))
@@ -110,6 +114,7 @@ def test_backward_cycles(evidence):
     assert cycles <= 1.05 * 179_945
 
 
+@pytest.mark.long
 @evidence("C01", oracle="bytes of the inputs, by libtpu's memory analysis", code="pallas_kernels.attention.tpu")
 def test_memory_is_linear_in_length(evidence):
     """Temporary memory is at most 1.5 times the inputs, 4k to 64k; one head's scores alone would be 64 times at 64k.

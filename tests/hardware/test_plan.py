@@ -118,6 +118,7 @@ def test_recipes_take_what_their_files_say(file, target, gib, seconds, mfu, caps
     assert 100 * found["mfu"] == pytest.approx(mfu, rel=0.03)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("recipe", "memory"), [("llama3_8b.py", 80e9), ("llama3_8b.py:qlora", 24e9)])
 def test_eight_billion_parameters_are_tuned_on_one_gpu(recipe, memory, capsys):
     """LoRA on a bfloat16 base fits 80 GB, QLoRA 24 GB; the adapters' gradients and moments are 12 bytes a parameter."""

@@ -50,7 +50,9 @@ def compile_for(topology, *overrides):
     return json.loads(done.stdout.splitlines()[-1])
 
 
-@pytest.mark.parametrize(("topology", "memory"), [("h200:1x1x1", 141e9), ("v5p:2x2x1", 95e9)])
+@pytest.mark.parametrize(
+    ("topology", "memory"), [("h200:1x1x1", 141e9), pytest.param("v5p:2x2x1", 95e9, marks=pytest.mark.long)]
+)
 def test_one_gpu_recipe_compiles_and_fits(topology, memory):
     """The step compiles for one chip; its arguments hold the state, and all of it fits in the chip's memory."""
     found = compile_for(topology)

@@ -148,7 +148,9 @@ def test_grid(form):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("part", range(10))
+@pytest.mark.parametrize(
+    "part", [part if part < 4 else pytest.param(part, marks=pytest.mark.long) for part in range(10)]
+)
 def test_grid_of_500(part):
     seed(part)(settings(max_examples=50, **(BUDGET | {"derandomize": False}))(given(cases())(check)))()
 

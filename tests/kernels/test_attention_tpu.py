@@ -146,6 +146,7 @@ def test_the_whole_gradient_agrees_with_jax(head_dim, evidence):
     evidence.record(max(map(worst, found, both(theirs)(q, k, v, d_out))), TOLERANCE)
 
 
+@pytest.mark.slow
 @evidence("C01", oracle="jax.nn.dot_product_attention in bfloat16", code="pallas_kernels.attention.tpu")
 def test_bfloat16_errors_are_those_of_jax(evidence):
     """Root mean square errors against float64: at most 1.3 times those of jax.nn with the same numbers."""
@@ -228,6 +229,7 @@ def test_plain_interpreter_agrees(monkeypatch, evidence):
     evidence.record(max(map(worst, (*second, *again), (*first, *gradients))), TOLERANCE)
 
 
+@pytest.mark.slow
 @evidence("C01", oracle="central differences in float64", code="pallas_kernels.attention.tpu")
 def test_gradients_are_slopes(evidence):
     """In a process with float64: the kernels then compute in it."""
@@ -269,6 +271,7 @@ def slopes():
 # ---- what must not matter --------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_nan_stays_in_its_sequence_and_absent_tokens_do_not_matter():
     q, k, v, d_out = inputs(batch=2, length=300)
     rows, columns = jnp.arange(300) >= 250, jnp.arange(300) >= 220

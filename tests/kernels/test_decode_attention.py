@@ -218,6 +218,7 @@ def test_bfloat16_is_as_exact_as_xla(implementation, evidence):
         evidence.record(rms[0], 1.3 * rms[1])
 
 
+@pytest.mark.slow
 def test_xla_reads_only_what_is_seen(monkeypatch):
     """Blocks that are gathered: those of the longest length, or of the widest window."""
     calls = []

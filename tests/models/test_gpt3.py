@@ -19,6 +19,7 @@ def small(band):
     return replace(config, layers=2, d_model=24, vocab=17, pattern=pattern, positions=LearnedPositions(16))
 
 
+@pytest.mark.slow
 @evidence("D03", oracle="law: a band as wide as the row is dense", code="llmjax.models.gpt3")
 def test_every_other_layer_is_banded(evidence):
     """A band as wide as the row is dense; a narrow one changes all tokens that have more behind them, and no other."""

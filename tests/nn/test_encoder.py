@@ -127,6 +127,7 @@ def test_types_and_the_pooled_first_token():
     close(shifted.states[:, 3:], right.states[:, :9])
 
 
+@pytest.mark.mixers
 def test_rows_are_told_apart_by_the_pooled_state():
     model = dataclasses.replace(BERT, row_classes=3)
     params = params_of(model)

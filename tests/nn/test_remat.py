@@ -63,6 +63,7 @@ def test_attention_runs_forward_once_where_its_results_are_kept(policy, expected
     evidence.record(abs(sum(times(loop, "tiled_forward") for loop in loops) - expected), 0)
 
 
+@pytest.mark.matrix
 @evidence("E46", oracle="calls in the gradient's jaxpr", code="pallas_kernels.ring_attention.ring")
 @pytest.mark.devices(2)
 def test_a_ring_goes_round_forward_once_where_its_results_are_kept(evidence):
@@ -94,6 +95,7 @@ def test_kept_bytes_are_those_of_what_is_named(evidence):
     evidence.record(abs(kept["attention"] - kept["full"] - results), 0)
 
 
+@pytest.mark.matrix
 @evidence("E46", oracle="bytes of the same blocks, each a repeat of its own", code="llmjax.nn.stack")
 def test_what_is_kept_does_not_depend_on_how_blocks_are_repeated(evidence):
     """Four blocks in one or four repeats keep four inputs; loops add a number or two to them (1 percent)."""

@@ -95,6 +95,7 @@ def test_stop_cuts_the_gradient_and_not_the_value(params):
     assert jnp.any(kernel[2] != 0)
 
 
+@pytest.mark.slow
 def test_vmap_over_edits_equals_one_run_each(params):
     value = jnp.zeros((3, 2, 5, 16))
     masks = jnp.eye(3, dtype=bool)[:, :, None, None, None]

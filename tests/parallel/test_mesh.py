@@ -68,6 +68,7 @@ def test_loss_and_gradients_equal_one_device(single, evidence):
     evidence.record(max(map(float, jax.tree.leaves(errors))), 2e-6)
 
 
+@pytest.mark.matrix
 @evidence("E50", oracle="one device", code="llmjax.parallel.mesh")
 def test_tensor_axis_equals_one_device(single, evidence):
     got, params = gradients(MeshConfig(data=2, fsdp=2, tensor=2))

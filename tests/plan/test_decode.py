@@ -79,6 +79,7 @@ def test_a_prefill_counts_its_prompts():
     assert "bound" not in found
 
 
+@pytest.mark.slow
 def test_the_planned_step_is_that_of_generation():
     """Prefill and three steps draw the tokens that `generate` draws greedily; exact, both are float32."""
     model = small(MeshConfig()).model

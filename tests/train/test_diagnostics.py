@@ -85,6 +85,7 @@ def test_nothing_wrong_is_said_so():
     assert diagnosis(tiny(accumulate=2)) == "no bad value was found when the step was run again"
 
 
+@pytest.mark.slow
 def test_sites_come_in_forward_order():
     model = Decoder(vocab=64, d_model=16, layers=4, pattern=(*Decoder().pattern, *Decoder().pattern))
     experiment = dataclasses.replace(tiny(), model=model)

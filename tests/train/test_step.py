@@ -83,6 +83,7 @@ def distance(a, b):
     )
 
 
+@pytest.mark.slow
 @evidence("E13", oracle="jax.grad and optax.adamw written out", code="llmjax.train.step.Step")
 def test_steps_are_those_of_plain_optax(evidence):
     experiment = tiny()
@@ -134,6 +135,7 @@ def test_a_microbatch_without_targets_changes_nothing():
     chex.assert_trees_all_close(gradients, half, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_keys_are_functions_of_seed_step_and_microbatch():
     experiment = tiny({"model.dropout": 0.5, "data.batch_size": 4}, accumulate=2)
     row = {name: x[:1] for name, x in batch_of(experiment, ragged=False).items()}
