@@ -80,13 +80,13 @@ def table() -> str:
     return "\n".join("| " + " | ".join(row) + " |" for row in rows)
 
 
-def main() -> None:
-    """Put the table into the README."""
+def write(begin: str, end: str, table: str) -> None:
+    """Put a table between its marks in the README."""
     text = README.read_text()
-    head, _, rest = text.partition(BEGIN)
-    _, _, tail = rest.partition(END)
-    README.write_text(f"{head}{BEGIN}\n\n{table()}\n\n{END}{tail}")
+    head, _, rest = text.partition(begin)
+    _, _, tail = rest.partition(end)
+    README.write_text(f"{head}{begin}\n\n{table}\n\n{end}{tail}")
 
 
 if __name__ == "__main__":
-    main()
+    write(BEGIN, END, table())

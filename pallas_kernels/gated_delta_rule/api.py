@@ -2,6 +2,7 @@
 
 from jaxtyping import Array, Float, Int
 
+from pallas_kernels.domain import check_range
 from pallas_kernels.gated_delta_rule.registry import choose
 from pallas_kernels.gated_linear_attention.call import prepare
 from pallas_kernels.segments import absent_as_zero, marks
@@ -23,9 +24,10 @@ def gated_delta_rule(
     """P_t = diag(exp(g_t)) S_{t-1}, S_t = P_t + beta_t k_t (v_t - P_t^T k_t)^T, o_t = scale q_t^T S_t.
 
     The part beta_t of what the decayed state P_t holds under the key k_t is replaced by v_t, where the key has length
-    1; keys are taken as they are. g_t = `log_decay` is at most 0 (-inf forgets all), one number a head or one a key
-    dimension. Query and key may have fewer heads than value; each is then shared by heads / groups heads that follow
-    each other. Returns the outputs and the state after the last token.
+    1; keys are taken as they are. beta_t lies between 0 and 2, above 1 with eigenvalues below 0. g_t = `log_decay` is
+    at most 0 (-inf forgets all), one number a head or one a key dimension. Query and key may have fewer heads than
+    value; each is then shared by heads / groups heads that follow each other. Returns the outputs and the state after
+    the last token.
 
     `initial_state`, `segment_ids`, dtypes and `chunk` are those of `gated_linear_attention`.
 
@@ -40,5 +42,7 @@ def gated_delta_rule(
     if beta.shape != value.shape[:3]:
         raise ValueError(f"beta has shape {beta.shape}, value {value.shape}: expected [batch, length, heads]")
     beta = absent_as_zero(marks(segment_ids), beta)
+    check_range("log_decay", call.log_decay, high=0.0)
+    check_range("beta", beta, 0.0, 2.0)
     out, state = choose(implementation, call).run(call, beta)
     return out.astype(value.dtype), state

@@ -2,6 +2,7 @@
 
 from jaxtyping import Array, Float, Int
 
+from pallas_kernels.domain import check_range
 from pallas_kernels.gated_linear_attention.call import prepare
 from pallas_kernels.gated_linear_attention.registry import choose
 
@@ -41,5 +42,6 @@ def gated_linear_attention(
     with the reason where no named implementation can do it.
     """
     call = prepare(query, key, value, log_decay, bonus, initial_state, segment_ids, scale, chunk)
+    check_range("log_decay", call.log_decay, high=0.0)
     out, state = choose(implementation, call).run(call)
     return out.astype(value.dtype), state

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from pallas_kernels.domain import check_range
 from pallas_kernels.gated_linear_attention.call import prepare
 from pallas_kernels.gated_linear_attention.registry import choose
 from pallas_kernels.segments import absent_as_zero, marks
@@ -25,7 +26,8 @@ def ssd(
     implementation: str | tuple[str, ...] | None = None,
     chunk: int = 64,
 ) -> tuple[Float[Array, "batch length heads head_dim"], Float[Array, "batch heads head_dim d_state"]]:
-    """h_t = exp(dt_t A) h_{t-1} + dt_t x_t B_t^T, y_t = (h_t C_t + D x_t) * silu(z_t), for each head (A at most 0).
+    """h_t = exp(dt_t A) h_{t-1} + dt_t x_t B_t^T, y_t = (h_t C_t + D x_t) * silu(z_t), for each head (A at most 0,
+    dt at least 0).
 
     dt is dt + dt_bias, with `dt_softplus` its softplus. States h are [head_dim, d_state]: the transpose of those of
     `gated_linear_attention`, whose query, key and value are C, B and dt x ("tpu" multiplies by dt on chip). A group of
@@ -40,6 +42,8 @@ def ssd(
     x, dt = absent_as_zero(found, x), absent_as_zero(found, dt).astype(wide)
     dt = dt if dt_bias is None else dt + dt_bias
     dt = jnp.logaddexp(dt, 0) if dt_softplus else dt
+    check_range("dt", dt, low=0.0)
+    check_range("A", A, high=0.0)
     state = None if initial_state is None else jnp.swapaxes(initial_state, 2, 3)
     call = prepare(C, B, x, dt * A, None, state, segment_ids, 1.0, chunk)._replace(gain=dt)
     out, state = choose(implementation, call).run(call)

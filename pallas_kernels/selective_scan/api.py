@@ -5,8 +5,9 @@ from collections.abc import Sequence
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from pallas_kernels.domain import check_range
 from pallas_kernels.segments import check_ids, marks
-from pallas_kernels.selective_scan.inputs import Tokens, Weights, wide_type
+from pallas_kernels.selective_scan.inputs import Tokens, Weights, prepared, wide_type
 from pallas_kernels.selective_scan.registry import choose
 
 
@@ -29,11 +30,11 @@ def selective_scan(
     """h_t = exp(dt_t A) h_{t-1} + dt_t B_t x_t, y_t = (C_t . h_t + D x_t) silu(z_t) (Gu and Dao 2023, 2312.00752).
 
     Each channel of x has a state of its own, diagonal in A; consecutive width / groups channels share a group's B and
-    C. dt is dt + `dt_bias`, with `dt_softplus` softplus(dt + dt_bias). With `reverse` time runs from the last token to
-    the first. h is `initial_state` (zero) before the first token. With `segment_ids` the state is set to zero where a
-    present token's id is not that of the present token before it, so `initial_state` belongs to the first present
-    segment; a negative id marks an absent token, which may hold anything: the state passes it unchanged and its output
-    is 0. States, decays and sums are float32, float64 where x is.
+    C. dt is dt + `dt_bias`, with `dt_softplus` softplus(dt + dt_bias), and at least 0; A is at most 0. With `reverse`
+    time runs from the last token to the first. h is `initial_state` (zero) before the first token. With `segment_ids`
+    the state is set to zero where a present token's id is not that of the present token before it, so `initial_state`
+    belongs to the first present segment; a negative id marks an absent token, which may hold anything: the state passes
+    it unchanged and its output is 0. States, decays and sums are float32, float64 where x is.
 
     Returns y in the dtype of x and the last state, which continues the sequence, in the dtype of the states.
     `implementation`: "tpu", "xla", "hopper", "reference" or some of them in order; None takes the first that can do it
@@ -44,6 +45,8 @@ def selective_scan(
     check_weights(x, A, B, D, dt_bias, initial_state)
     check_ids(segment_ids, "x", x)
     tokens, weights = Tokens(x, dt, B, C, z, marks(segment_ids, reverse)), Weights(A, D, dt_bias)
+    check_range("A", A, high=0.0)
+    check_range("dt", prepared(tokens, dt_bias, dt_softplus).dt, low=0.0)
     backend = choose(implementation, tokens, weights)
     wide = wide_type(x)
     shape = (x.shape[0], *A.shape)

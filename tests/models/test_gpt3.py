@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import jax
 import numpy as np
+import pytest
 
 from experiments.pods.gpt3_175b import LENGTH, experiment
 from llmjax.models.gpt3 import gpt3

@@ -5,6 +5,7 @@ A family adds a line to CASES: a tiny config of transformers that covers what is
 
 import copy
 
+import jax
 import numpy as np
 import pytest
 import torch
@@ -17,6 +18,7 @@ from llmjax.models.families import FAMILIES
 from llmjax.models.hf import load_hf, save_hf
 from scripts.golden_models import inputs, random_model
 from tests.evidence import evidence
+from tests.kernels.simulated import simulated_tpu
 from tests.models.golden import TOLERANCE, logits, relative_error
 
 pytestmark = pytest.mark.parity
@@ -230,3 +232,32 @@ def test_family(kind, fields, tmp_path, evidence):
     )
     mine = generate(Generate(max_tokens=32, temperature=0.0), config, params, tokens[:, :9].tolist())
     np.testing.assert_array_equal(mine.tokens, greedy[:, 9:].numpy())
+
+
+def on_a_tpu(name, row, code):
+    kind, fields, _ = CASES[name]
+    oracle = f"transformers {kind}: {name}, logits, by kernels for TPUs in simulation"
+    return pytest.param(kind, fields, id=name, marks=evidence(row, oracle=oracle, code=f"pallas_kernels.{code}"))
+
+
+@pytest.mark.parametrize(
+    ("kind", "fields"),
+    [
+        on_a_tpu("mamba", "C09", "selective_scan.tpu"),
+        on_a_tpu("mamba of biases", "C09", "selective_scan.tpu"),
+        on_a_tpu("mamba 2", "C10", "gated_linear_attention.tpu"),
+        on_a_tpu("mamba 2 of groups", "C10", "gated_linear_attention.tpu"),
+    ],
+)
+def test_scans_run_as_kernels(kind, fields, tmp_path, evidence):
+    theirs = random_model(getattr(transformers, f"{kind}Config")(**copy.deepcopy(fields)), seed=3)
+    theirs.save_pretrained(tmp_path)
+    config, params = load_hf(tmp_path)
+    tokens, _ = inputs(VOCAB, seed=3)
+    with torch.no_grad():
+        expected = theirs(input_ids=tokens).logits.numpy()
+    with simulated_tpu():
+        traced = jax.jit(lambda params: logits.__wrapped__(config, params, tokens.numpy())).trace(params)
+        assert "pallas_call" in str(traced.jaxpr)
+        ours = traced.lower().compile()(params)
+    evidence.record(relative_error(ours, expected), TOLERANCE)
