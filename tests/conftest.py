@@ -14,6 +14,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import hypothesis
 import pytest
 
 from tests.evidence import Recorder, record_path, write_record
@@ -23,6 +24,10 @@ MEMORY_LIMIT = 16 * 2**30
 EVIDENCE = pytest.StashKey[Recorder]()
 PASSED = pytest.StashKey[bool]()
 SUITES = ("slow", "parity", "hardware", "multiprocess", "matrix", "mixers")
+
+# The same cases in every run: a suite that passes goes on passing until the code changes.
+hypothesis.settings.register_profile("repeatable", derandomize=True, deadline=None)
+hypothesis.settings.load_profile("repeatable")
 
 # Set before jax is imported anywhere, and inherited by the processes that tests start.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")

@@ -244,16 +244,17 @@ def test_at_most_three_suggestions():
         configs.override(wide, ["--rate_=1"])
 
 
+@hypothesis.example(text="10", path="model.pattern.1.mixer.kv_heads")
 @hypothesis.given(text=st.text(max_size=30), path=st.sampled_from(sorted(configs.leaves(Tree()))))
 @hypothesis.settings(max_examples=300, deadline=None)
 def test_any_text_gives_a_typed_value_or_one_line(path, text):
     message, changed = "one line", Tree()
     try:
         changed = configs.override(Tree(), [f"--{path}={text}"])
+        configs.validate(changed)
     except ConfigError as error:
         message = str(error)
     assert len(message.splitlines()) == 1
-    configs.validate(changed)
     assert not configs.diff(changed, configs.from_dict(json.loads(json.dumps(configs.to_dict(changed)))))
 
 

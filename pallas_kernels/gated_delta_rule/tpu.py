@@ -45,7 +45,7 @@ def refusal(call: Call) -> str | None:
     dims = (call.key.shape[3], call.value.shape[3])
     if max(dims) > WIDEST:
         return f"takes heads of at most {WIDEST} dimensions, not {dims[0]} and {dims[1]}"
-    heads = tile(call).heads
+    heads = tile(call, True).heads
     return (
         None if heads <= 2 * HEADS else f"would need blocks of {heads} heads for whole lanes of {dims[0]} and {dims[1]}"
     )
@@ -55,7 +55,7 @@ def run(
     call: Call, beta: Float[Array, "batch length heads"]
 ) -> tuple[Float[Array, "batch length heads value_dim"], Float[Array, "batch heads key_dim value_dim"]]:
     """The chunked form, differentiable in everything once."""
-    return delta_rule(tile(call), operands(call, beta))
+    return delta_rule(tile(call, True), operands(call, beta))
 
 
 def operands(call: Call, beta: Float[Array, "batch length heads"]) -> Operands:
@@ -66,7 +66,7 @@ def operands(call: Call, beta: Float[Array, "batch length heads"]) -> Operands:
     return Operands(call.query, call.key, call.value, beta.astype(call.state.dtype), decay, call.state)
 
 
-def tile(call: Call) -> Tiling:
+def tile(call: Call, replaces: bool) -> Tiling:
     """The tiling for a call: blocks of about `HEADS` heads, whole groups or parts of one, and whole lanes."""
     (length, all_heads, value_dim), (all_groups, key_dim) = call.value.shape[1:], call.key.shape[2:]
     shared = all_heads // all_groups
@@ -82,7 +82,7 @@ def tile(call: Call) -> Tiling:
     most = HEADS >> (call.key.dtype.itemsize > 2) + (call.log_decay.shape[3] > 1) + (max(key_dim, value_dim) > LANES)
     heads = max((n for n in possible if n <= most), default=possible[0])
     chunk = min(CHUNK, max(1 << (length - 1).bit_length(), 16))
-    return Tiling(call.scale, length, chunk, min(CHUNKS, -(-length // chunk)), heads, shared)
+    return Tiling(call.scale, length, chunk, min(CHUNKS, -(-length // chunk)), heads, shared, replaces)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -131,7 +131,7 @@ def forward(
         scratch_shapes=[pltpu.VMEM((tiling.heads, *shape[1:]), x.state.dtype)],
         compiler_params=PARAMETERS,
         cost_estimate=cost(tiling, x, 1, (x, out, last, starts)),
-        name="gated_delta_rule_forward",
+        name=f"{tiling.name}_forward",
     )(x)
     return restored(tiling, found[0], operands.value), found[1], found[2]
 
@@ -145,7 +145,7 @@ def forward_kernel(tiling: Tiling, refs: Operands, out: Any, last: Any, starts: 
 
     if starts is not None:
         starts[...] = state[...]
-    chunks = functools.partial(prepare, refs.query.dtype, tiling.scale)(tiling.tokens(refs))
+    chunks = functools.partial(prepare, refs.query.dtype, tiling.scale, tiling.replaces)(tiling.tokens(refs))
     step = functools.partial(advance, refs.query.dtype)
     states = state[...]
     for chunk in range(tiling.chunks):

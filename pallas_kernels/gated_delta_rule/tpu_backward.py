@@ -53,7 +53,7 @@ def backward(
         scratch_shapes=[pltpu.VMEM((tiling.heads, key_dim, value_dim), x.state.dtype)],
         compiler_params=PARAMETERS,
         cost_estimate=cost(tiling, x, 3, (x, starts, d_out, d_last, results)),
-        name="gated_delta_rule_backward",
+        name=f"{tiling.name}_backward",
     )(x, starts, d_out, d_last)
     return gathered(tiling, found, operands)
 
@@ -67,7 +67,8 @@ def backward_kernel(
     def begin() -> None:
         d_state[...] = d_last[...]
 
-    chunks, pull_tokens = jax.vjp(functools.partial(prepare, refs.query.dtype, tiling.scale), tiling.tokens(refs))
+    products = functools.partial(prepare, refs.query.dtype, tiling.scale, tiling.replaces)
+    chunks, pull_tokens = jax.vjp(products, tiling.tokens(refs))
     step = functools.partial(advance, refs.query.dtype)
     state, pulls = starts[...], []
     for chunk in range(tiling.chunks):

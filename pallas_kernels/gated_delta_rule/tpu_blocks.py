@@ -44,6 +44,13 @@ class Tiling:
     """of a block: a multiple or a divisor of `shared`"""
     shared: int
     """heads that share a query and a key"""
+    replaces: bool
+    """a token's value replaces what its key reads; else it is added, beta times (gated linear attention)"""
+
+    @property
+    def name(self) -> str:
+        """What the kernels compute."""
+        return "gated_delta_rule" if self.replaces else "gated_linear_attention"
 
     @property
     def block(self) -> int:
@@ -181,16 +188,18 @@ PARAMETERS = pltpu.CompilerParams(
 def cost(tiling: Tiling, operands: Operands, passes: int, arrays: Any) -> pl.CostEstimate:
     """What the compiler's scheduler is told: `passes` times the products of a forward pass, arrays once.
 
-    Of a chunk: two products of keys, the doublings of the inverse, two products with squares and three with the state;
-    where each key dimension decays on its own, two products of keys a doubling.
+    Of a chunk that replaces: two products of keys, the doublings of the inverse, two products with squares and three
+    with the state; one, one and two if it adds. Where each key dimension decays on its own, products of keys are made
+    for each doubling.
     """
     batch, heads, key_dim, value_dim = operands.state.shape
     levels = tiling.chunk.bit_length() - 1
     vector = operands.log_decay.ndim < 5
-    inside = tiling.chunk * (2 * key_dim * (levels + 1 if vector else 1) + 2 * levels * tiling.chunk + 2 * value_dim)
+    of_keys, more = key_dim * (levels + 1 if vector else 1), tiling.replaces
+    inside = tiling.chunk * ((1 + more) * (of_keys + value_dim) + more * 2 * levels * tiling.chunk)
     tokens = batch * heads * tiling.length
     return pl.CostEstimate(
-        flops=2 * passes * tokens * (inside + 3 * key_dim * value_dim),
+        flops=2 * passes * tokens * (inside + (2 + more) * key_dim * value_dim),
         transcendentals=passes * tokens * (levels * key_dim if vector else tiling.chunk),
         bytes_accessed=sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(arrays)),
     )

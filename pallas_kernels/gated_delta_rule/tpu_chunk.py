@@ -38,38 +38,42 @@ class Prepared(NamedTuple):
 
     reads: Keys
     """queries, decayed since the chunk began"""
-    replaces: Keys
-    """keys, the same"""
+    replaces: Keys | None
+    """keys, the same; None where values are added to what is there"""
     writes: Keys
     """keys, decayed to the chunk's end"""
     value: Values
-    solved: Square
+    solved: Square | None
     """(I + diag(beta) L)^-1 diag(beta)"""
     scores: Square
     kept: Float[Array, "many #key_dim 1"]
     """what is left of the state"""
 
 
-def prepare(dtype: Any, scale: float, tokens: Tokens) -> Prepared:
+def prepare(dtype: Any, scale: float, replaces: bool, tokens: Tokens) -> Prepared:
     """The products of a chunk's tokens with each other.
 
-    The values U that are written solve (I + diag(beta) L) U = diag(beta) (V - K~ S): L has the products of keys with
-    earlier keys, decayed from one to the other, and K~ the keys, decayed since the chunk began. Yang et al. 2024
-    (2406.06484), section 3; Yang et al. 2024 (2412.06464), section 3.3.
+    Values that are added are U = diag(beta) V. Those that replace what is there solve (I + diag(beta) L) U = diag(beta)
+    (V - K~ S): L has the products of keys with earlier keys, decayed from one to the other, and K~ the keys, decayed
+    since the chunk began. Yang et al. 2024 (2406.06484), section 3; Yang et al. 2024 (2412.06464), section 3.3.
     """
     query, key = tokens.query, tokens.key
     row, column = places(key.shape[1])
-    scores, overlaps = within(dtype, (query, key), key, tokens.log_decay)
+    scores, *overlaps = within(dtype, (query, key) if replaces else (query,), key, tokens.log_decay)
     since, until, kept = spans(dtype, tokens.log_decay)
-    solved = inverse(dtype, as_column(tokens.beta) * (row > column) * overlaps) * tokens.beta
-    scores = scale * (row >= column) * scores
-    return Prepared(query * (scale * since), key * since, key * until, tokens.value, solved, scores, kept)
+    scores, reads = scale * (row >= column) * scores, query * (scale * since)
+    if not replaces:
+        return Prepared(reads, None, key * until, as_column(tokens.beta) * tokens.value, None, scores, kept)
+    solved = inverse(dtype, as_column(tokens.beta) * (row > column) * overlaps[0]) * tokens.beta
+    return Prepared(reads, key * since, key * until, tokens.value, solved, scores, kept)
 
 
 def advance(dtype: Any, state: State, chunk: Prepared) -> tuple[State, Values]:
     """The state after a chunk and the output of its tokens; products are of `dtype`."""
     times = functools.partial(product, dtype)
-    written = times(chunk.solved, chunk.value - times(chunk.replaces, state))
+    written = chunk.value
+    if chunk.replaces is not None:
+        written = times(chunk.solved, written - times(chunk.replaces, state))
     out = times(chunk.scores, written) + times(chunk.reads, state)
     return chunk.kept * state + times(chunk.writes, written, (0, 0)), out
 

@@ -37,9 +37,9 @@ def gated_linear_attention(
     2307.08621), lightning attention (Qin et al. 2024, 2401.04658). A scalar: Mamba-2 (Dao and Gu 2024, 2405.21060, see
     `ssd`). A vector: GLA (Yang et al. 2023, 2312.06635); with bonus RWKV-6 (Peng et al. 2024, 2404.05892).
 
-    `implementation`: "tpu" (one decay a head; chunks of its own), "xla", "quadratic", "reference" or some of them in
-    order; None takes the first that fits the platform. Raises ValueError where arguments disagree, NotImplementedError
-    with the reason where no named implementation can do it.
+    `implementation`: "tpu" (chunks of its own), "xla", "quadratic", "reference" or some of them in order; None takes
+    the first that fits the platform. Raises ValueError where arguments disagree, NotImplementedError with the reason
+    where no named implementation can do it.
     """
     call = prepare(query, key, value, log_decay, bonus, initial_state, segment_ids, scale, chunk)
     check_range("log_decay", call.log_decay, high=0.0)

@@ -1,4 +1,4 @@
-"""Gated linear attention on TPU, one decay a head: products within chunks, the state in vector memory between them.
+"""Gated linear attention on TPU: products within chunks, the state in vector memory between them.
 
 The grid runs over batch, blocks of heads and, innermost and in order, the chunks. With a_i and c_j the sums of decays
 since the chunk's begin (`tpu_blocks.sums`), S the state at the begin, and w_j a token's gain,
@@ -6,7 +6,8 @@ since the chunk's begin (`tpu_blocks.sums`), S the state at the begin, and w_j a
     out_i = scale exp(a_i) q_i^T S + sum over j <= i of scale q_i^T k_j exp(a_i - c_j) w_j v_j
     S'    = exp(c_end) S + sum over j of exp(c_end - c_j) w_j k_j v_j^T
 
-The heads of a group share q_i^T k_j. Dao and Gu 2024 (2405.21060), section 6; Yang et al. 2023 (2312.06635).
+The heads of a group share q_i^T k_j. One decay a key dimension: `tpu_vector`. Dao and Gu 2024 (2405.21060), section 6;
+Yang et al. 2023 (2312.06635).
 """
 
 import functools
@@ -19,6 +20,7 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Bool, Float
 
 from pallas_kernels.attention.tpu_blocks import dot
+from pallas_kernels.gated_linear_attention import tpu_vector
 from pallas_kernels.gated_linear_attention.call import Call
 from pallas_kernels.gated_linear_attention.tpu_backward import backward
 from pallas_kernels.gated_linear_attention.tpu_blocks import (
@@ -43,7 +45,7 @@ CHUNK = 128
 def refusal(call: Call) -> str | None:
     """Why the kernels cannot make this call, or None."""
     if call.log_decay.shape[3] > 1:
-        return f"takes one decay a head, not one a key dimension: log_decay has shape {call.log_decay.shape}"
+        return tpu_vector.refusal(call)
     dtype = jnp.result_type(call.query, call.key, call.value)
     if dtype not in (jnp.bfloat16, jnp.float32):
         return f"takes bfloat16 or float32, not {dtype}"
@@ -58,6 +60,14 @@ def run(
     call: Call,
 ) -> tuple[Float[Array, "batch length heads value_dim"], Float[Array, "batch heads key_dim value_dim"]]:
     """The chunked form; the gradient keeps a state a chunk, in the dtype of the arrays, and sums are float32."""
+    out, last = (scalar if call.log_decay.shape[3] == 1 else tpu_vector.run)(call)
+    return (out if call.bonus is None else out + own(call, call.bonus)), last
+
+
+def scalar(
+    call: Call,
+) -> tuple[Float[Array, "batch length heads value_dim"], Float[Array, "batch heads key_dim value_dim"]]:
+    """One decay a head, without what tokens read of themselves by the bonus."""
     batch, length, heads, value_dim = call.value.shape
     key_dim = call.key.shape[3]
     tiling = tile(call, CHUNK)
@@ -66,7 +76,7 @@ def run(
     out, last = scan(tiling, operands_of(call, tiling), reset)
     out = out.reshape(batch, -1, heads, tiling.value_dim)[:, :length, :, :value_dim]
     last = last.reshape(batch, heads, tiling.value_dim, -1)[:, :, :value_dim, :key_dim]
-    return (out if call.bonus is None else out + own(call, call.bonus)), jnp.swapaxes(last, 2, 3)
+    return out, jnp.swapaxes(last, 2, 3)
 
 
 def operands_of(call: Call, tiling: Tiling) -> Operands:

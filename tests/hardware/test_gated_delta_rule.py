@@ -23,7 +23,7 @@ def program(length, heads=8, groups=8, key_dim=128, value_dim=128, vector=False,
 
     def operands(query, key, value, decay, state, beta):
         call = prepare(query, key, value, decay, None, state, None, 0.1, 64)
-        return tpu.tile(call), tpu.operands(call, beta)
+        return tpu.tile(call, True), tpu.operands(call, beta)
 
     def forward(*arrays):
         return tpu.delta_rule(*operands(*arrays))

@@ -40,28 +40,35 @@ def duality(length, heads, groups, head_dim, d_state, backward=True):
     return gradient(run, arrays) if backward else (run, arrays)
 
 
-def attention(length, heads, groups, dims, dtype="bfloat16", bonus=False, packed=False):
+def attention(length, heads, groups, dims, dtype="bfloat16", bonus=False, packed=False, vector=False, backward=True):
     """Linear attention with everything it has; `dims`: of a key and of a value."""
     shape = lambda *s, dtype=jnp.dtype(dtype): jax.ShapeDtypeStruct((2, length, *s), dtype)
-    arrays = (shape(groups, dims[0]), shape(groups, dims[0]), shape(heads, dims[1]), shape(heads, dtype=jnp.float32))
+    decays = (heads, dims[0]) if vector else (heads,)
+    arrays = (shape(groups, dims[0]), shape(groups, dims[0]), shape(heads, dims[1]), shape(*decays, dtype=jnp.float32))
 
     def run(query, key, value, decay):
         extra = {"bonus": jnp.ones((heads, dims[0]))} if bonus else {}
         ids = jnp.repeat(jnp.arange(2), length // 2)[None].repeat(2, 0) if packed else None
         return gated_linear_attention(query, key, value, decay, segment_ids=ids, implementation="tpu", **extra)
 
-    return gradient(run, arrays)
+    return gradient(run, arrays) if backward else (run, arrays)
 
 
 def compiled(target, builder, arguments, report=()):
     return compile_for(target, f"{__file__}:{builder}", arguments, report=report)
 
 
+GATES = {"length": 512, "heads": 4, "groups": 4, "dims": [128, 128], "vector": True}
 CASES = {
     "mamba2_groups": ("duality", {"length": 300, "heads": 16, "groups": 8, "head_dim": 64, "d_state": 128}),
     "retention_float32": (
         "attention",
         {"length": 256, "heads": 2, "groups": 2, "dims": [128, 256], "dtype": "float32"},
+    ),
+    "gla": ("attention", {"length": 512, "heads": 4, "groups": 4, "dims": [128, 256], "vector": True}),
+    "rwkv6": (
+        "attention",
+        {"length": 300, "heads": 4, "groups": 4, "dims": [64, 64], "bonus": True, "packed": True, "vector": True},
     ),
     "odd_bonus_packed": (
         "attention",
@@ -84,11 +91,16 @@ def test_compiles_for(target, name):
     oracle="the cycles that were recorded, by libtpu's estimate",
     code="pallas_kernels.gated_linear_attention.tpu",
 )
-@pytest.mark.parametrize(("backward", "recorded"), [(False, 17_352), (True, 71_011)], ids=["forward", "both"])
-def test_cycles(backward, recorded, evidence):
-    """32 of Mamba-2's heads, 64 x 128, 1024 tokens: within 5 % of what was recorded."""
-    cycles = compiled("v5p:2x2x1", "duality", MAMBA2 | {"backward": backward}, ("cycles",)).cycles
-    evidence.record(sum(n for name, n in cycles.items() if "gated_linear_attention" in name), 1.05 * recorded)
+@pytest.mark.parametrize("backward", [False, True], ids=["forward", "both"])
+@pytest.mark.parametrize(
+    ("builder", "arguments", "recorded"),
+    [("duality", MAMBA2, (17_352, 71_011)), ("attention", GATES, (25_649, 75_884))],
+    ids=["Mamba-2", "GLA"],
+)
+def test_cycles(builder, arguments, backward, recorded, evidence):
+    """32 of Mamba-2's heads, 64 x 128, 1024 tokens; 4 of GLA's, 128 x 128, 512 tokens: within 5 % of the recorded."""
+    cycles = compiled("v5p:2x2x1", builder, arguments | {"backward": backward}, ("cycles",)).cycles
+    evidence.record(sum(n for name, n in cycles.items() if "gated_linear_attention" in name), 1.05 * recorded[backward])
 
 
 @evidence(

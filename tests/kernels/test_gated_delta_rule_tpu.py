@@ -44,7 +44,7 @@ def call_of(query, key, value, decay, state, beta, ids):
 def kernel(*arrays, ids=IDS, chunk=8, chunks=1, heads=2):
     """By blocks of these sizes, small enough that there are several along every axis."""
     call, beta = call_of(*arrays, ids)
-    tiling = dataclasses.replace(tpu.tile(call), chunk=chunk, chunks=chunks, heads=heads)
+    tiling = dataclasses.replace(tpu.tile(call, True), chunk=chunk, chunks=chunks, heads=heads)
     return tpu.delta_rule(tiling, tpu.operands(call, beta))
 
 

@@ -197,7 +197,7 @@ def test_bfloat16_errors_are_those_of_xla(evidence):
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        ({"log_decay": (1, 4, 2, 8)}, "takes one decay a head, not one a key dimension"),
+        ({"log_decay": (1, 4, 2, 8), "dtype": jnp.float16}, "all in bfloat16 or all in float32, not float16"),
         ({"key": (1, 4, 2, 520), "query": (1, 4, 2, 520)}, "dims must be at most 512"),
         ({"dtype": jnp.float16}, "takes bfloat16 or float32, not float16"),
     ],
