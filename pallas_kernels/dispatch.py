@@ -13,6 +13,9 @@ log = logging.getLogger("pallas_kernels")
 HOPPER = ("H100", "H200", "H20", "GH200", "H800")
 """What the device kinds of chips with wgmma and TMA contain."""
 
+FEW = 4
+"""Tokens of a decoding step, at most: a scan of so few is one reading of its state, which XLA does best."""
+
 
 class Backend(Protocol):
     """What is asked of an implementation here."""
@@ -56,6 +59,11 @@ def choose(
             return name
         reasons.append(f'{function} "{name}" {reason}')
     raise NotImplementedError("; ".join(reasons))
+
+
+def for_tokens(implementation: str | Sequence[str] | None, length: int) -> str | Sequence[str] | None:
+    """What is asked of a scan over `length` tokens where the caller does not say: kernels only for more than `FEW`."""
+    return "xla" if implementation is None and length <= FEW else implementation
 
 
 @functools.cache

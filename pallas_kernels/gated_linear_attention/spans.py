@@ -8,18 +8,31 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+FEW = 8
+"""Up to so many rows are summed one by one: XLA's running sums for TPU go over windows, at any number of rows."""
+
 
 def up_to(decay: Float[Array, "... length dim"], exclusive: bool) -> Float[Array, "... length dim"]:
     """sum of decay_l over l <= i, or over l < i."""
     if exclusive:
         decay = jnp.concatenate([jnp.zeros_like(decay[..., :1, :]), decay[..., :-1, :]], axis=-2)
-    return jax.lax.cumsum(decay, axis=decay.ndim - 2)
+    return running(decay, reverse=False)
 
 
 def after(decay: Float[Array, "... length dim"]) -> Float[Array, "... length dim"]:
     """sum of decay_l over l > j."""
     decay = jnp.concatenate([decay[..., 1:, :], jnp.zeros_like(decay[..., :1, :])], axis=-2)
-    return jax.lax.cumsum(decay, axis=decay.ndim - 2, reverse=True)
+    return running(decay, reverse=True)
+
+
+def running(x: Float[Array, "... length dim"], reverse: bool) -> Float[Array, "... length dim"]:
+    """The sums of all rows up to each, or from each on."""
+    length = x.shape[-2]
+    if length > FEW:
+        return jax.lax.cumsum(x, axis=x.ndim - 2, reverse=reverse)
+    index = jnp.arange(length)
+    seen = index[:, None] <= index if reverse else index[:, None] >= index
+    return jnp.sum(jnp.where(seen[..., None], x[..., None, :, :], 0), axis=-2)
 
 
 def between(decay: Float[Array, "... length"], exclusive: bool) -> Float[Array, "... length length"]:
