@@ -117,7 +117,7 @@ long: setup-test setup-hardware  ## what CI has no time for: pairs of parts, all
 	$(HARDWARE_ENV) $(HARDWARE_VENV)/bin/python -m pytest tests/hardware -m "long and hardware" -n 1 $(ARGS)
 
 parity: setup-parity  ## torch, transformers, peft and bitsandbytes beside our code (own environment, Python 3.11)
-	OMP_NUM_THREADS=1 $(PARITY_VENV)/bin/python -m pytest tests/parity -n $(WORKERS) -m parity $(ARGS)
+	OMP_NUM_THREADS=1 $(PARITY_VENV)/bin/python -m pytest -n $(WORKERS) -m parity $(ARGS)
 
 hardware: setup-hardware  ## compile for TPUs and GPUs that are not there (own environment, Python 3.11)
 	$(HARDWARE_ENV) $(HARDWARE_VENV)/bin/python -m pytest tests/hardware -n $(WORKERS) -m "hardware and not long" $(ARGS)
