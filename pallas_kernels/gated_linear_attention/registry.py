@@ -29,5 +29,5 @@ def choose(implementation: str | tuple[str, ...] | None, call: Call) -> ModuleTy
     def refusal(name: str) -> str | None:
         return module_of(name).refusal(call)
 
-    implementation = dispatch.for_tokens(implementation, call.value.shape[1])
-    return module_of(dispatch.choose("gated_linear_attention", BACKENDS, implementation, refusal))
+    asked = dispatch.for_tokens(implementation, call.value.shape[1])
+    return module_of(dispatch.choose("gated_linear_attention", BACKENDS, asked, refusal))

@@ -29,5 +29,5 @@ def choose(implementation: str | Sequence[str] | None, tokens: Tokens, weights: 
     def refusal(name: str) -> str | None:
         return module_of(name).refusal(tokens, weights)
 
-    implementation = dispatch.for_tokens(implementation, tokens.x.shape[1])
-    return module_of(dispatch.choose("selective_scan", BACKENDS, implementation, refusal))
+    asked = dispatch.for_tokens(implementation, tokens.x.shape[1])
+    return module_of(dispatch.choose("selective_scan", BACKENDS, asked, refusal))
